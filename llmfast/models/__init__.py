@@ -1,0 +1,8 @@
+"""One configurable decoder and its presets."""
+
+from .cache import KVCache
+from .config import Config
+from .gpt import GPT
+from .presets import PRESETS, preset
+
+__all__ = ["GPT", "PRESETS", "Config", "KVCache", "preset"]

@@ -1,0 +1,79 @@
+"""The decoder: token ids in, logits out."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from ..errors import InputError
+from .cache import KVCache
+from .config import Config
+from .layers import Block, Linear, Norm
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer built from `llmfast.ops`.
+
+    Parameters are float32; activations are in `compute_dtype`, float32 by default.
+    """
+
+    def __init__(self, config: Config, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config, self.compute_dtype = config, compute_dtype
+        self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
+        learned = config.position == "learned"
+        self.position_embedding = nn.Embedding(config.context_length, config.d_model) if learned else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = Norm(config)
+        self.head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size, bias=False)
+        cos, sin = _rotary_table(config) if config.position == "rope" else (None, None)
+        self.register_buffer("rotary_cos", cos, persistent=False)
+        self.register_buffer("rotary_sin", sin, persistent=False)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """GPT-2's: normal(0, 0.02), biases 0, and projections into the residual stream scaled by 1/sqrt(2 n_layer)."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:
+                into_residual = name.endswith(("attention.proj.weight", "mlp.down.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer) if into_residual else 0.02)
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
+        """ids: (B, T) int64 -> logits (B, T, vocab_size), or (B, 1, vocab_size) of the last token with `last_only`.
+
+        With a cache, ids continue the tokens it holds. Ids are not checked against the vocabulary here.
+        """
+        start, length = (cache.length if cache else 0), ids.shape[1]
+        if start + length > self.config.context_length:
+            raise InputError(
+                f"{start + length} tokens do not fit the context of {self.config.context_length}; shorten the input"
+            )
+        x = self.token_embedding(ids)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding.weight[start : start + length]
+            rotary = None
+        else:
+            rotary = (self.rotary_cos[start : start + length], self.rotary_sin[start : start + length])
+        x = self.dropout(x.to(self.compute_dtype))
+        for block in self.blocks:
+            x = block(x, rotary, cache)
+        if cache is not None:
+            cache.advance(length)
+        x = self.norm(x[:, -1:] if last_only else x)
+        return F.linear(x, self.token_embedding.weight.to(x.dtype)) if self.head is None else self.head(x)
+
+    def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of predicting targets (B, T) from ids (B, T); -100 in targets is left out."""
+        return ops.cross_entropy(self(ids).flatten(0, 1), targets.flatten())
+
+
+def _rotary_table(config: Config) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * theta^(-2i/D), each (context_length, D/2) (https://arxiv.org/abs/2104.09864)."""
+    half = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+    angles = torch.outer(torch.arange(config.context_length, dtype=torch.float64), config.rope_theta**-half)
+    return angles.cos().float(), angles.sin().float()

@@ -1,0 +1,83 @@
+"""The parts of a decoder block. Weights stay in their own dtype (float32 when training) and are cast to the input's."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from .cache import KVCache
+from .config import Config
+
+
+class Linear(nn.Linear):
+    """nn.Linear that computes in its input's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class Norm(nn.Module):
+    """Layer or RMS normalisation, as the configuration says."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.kind, self.eps = config.norm, config.norm_eps
+        self.weight = nn.Parameter(torch.ones(config.d_model))
+        self.bias = nn.Parameter(torch.zeros(config.d_model)) if config.norm == "layer_norm" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "layer_norm":
+            return ops.layer_norm(x, self.weight, self.bias, self.eps)
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped keys; q, k and v come from one matrix product and are read by strides."""
+
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        self.layer, self.n_kv_head, self.head_dim = layer, config.n_kv_head, config.head_dim
+        self.heads = (config.n_head, config.n_kv_head, config.n_kv_head)
+        self.qkv = Linear(config.d_model, sum(self.heads) * config.head_dim, bias=config.bias)
+        self.proj = Linear(config.n_head * config.head_dim, config.d_model, bias=config.bias)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)  # (B, T, H or Hkv, D)
+        if rotary is not None:
+            q, k = ops.rope(q, *rotary), ops.rope(k, *rotary)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        return self.proj(ops.attention(q, k, v, causal=True).flatten(2))
+
+
+class MLP(nn.Module):
+    """Two matrix products with an activation between; gated for SwiGLU, gate and up in one product."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.kind = config.mlp
+        self.up = Linear(config.d_model, config.d_mlp * (2 if config.mlp == "swiglu" else 1), bias=config.bias)
+        self.down = Linear(config.d_mlp, config.d_model, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        if self.kind == "swiglu":
+            h = ops.swiglu(*h.chunk(2, dim=-1))
+        else:
+            h = ops.gelu(h, approximate="tanh" if self.kind == "gelu_tanh" else "none")
+        return self.down(h)
+
+
+class Block(nn.Module):
+    """Pre-norm residual block."""
+
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        self.attention_norm, self.attention = Norm(config), Attention(config, layer)
+        self.mlp_norm, self.mlp = Norm(config), MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotary, cache))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))

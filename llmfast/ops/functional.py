@@ -1,0 +1,215 @@
+"""The public ops: signature, shapes, validation and dispatch. Every one takes `backend=` and is differentiable.
+
+Tensors may have any strides; the result has the first tensor's dtype. A wrong argument raises InputError with its name.
+"""
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from . import autograd, reference, registry
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def softmax(x: Tensor, *, backend: str | None = None) -> Tensor:
+    """Softmax over the last dimension. x: (..., N) -> (..., N)."""
+    return _run("softmax", backend, _softmax_args(x))
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Layer normalisation over the last dimension. x: (..., N); weight, bias: (N,), of x's dtype or float32."""
+    return _run("layer_norm", backend, _layer_norm_args(x, weight, bias, eps))
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Scaled dot-product attention. q: (B, Tq, H, D); k, v: (B, Tk, Hkv, D) -> (B, Tq, H, D).
+
+    H is a multiple of Hkv (grouped-query attention). `causal` is aligned bottom right: query i sees keys
+    j <= i + Tk - Tq; a query that sees no key gives zeros. `scale` is 1/sqrt(D) by default.
+    """
+    return _run("attention", backend, _attention_args(q, k, v, causal=causal, scale=scale))
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, backend: str | None = None) -> Tensor:
+    """Root-mean-square normalisation over the last dimension. x: (..., N); weight: (N,), of x's dtype or float32."""
+    return _run("rms_norm", backend, _rms_norm_args(x, weight, eps))
+
+
+def gelu(x: Tensor, *, approximate: Literal["none", "tanh"] = "none", backend: str | None = None) -> Tensor:
+    """x * Phi(x), element by element; `approximate="tanh"` is GPT-2's."""
+    return _run("gelu", backend, _gelu_args(x, approximate=approximate))
+
+
+def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
+    """silu(gate) * up, element by element; both of one shape and dtype."""
+    return _run("swiglu", backend, _swiglu_args(gate, up))
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -> Tensor:
+    """Rotary position embedding, half layout. x: (B, T, H, D) with D even; cos, sin: (T, D/2)."""
+    return _run("rope", backend, _rope_args(x, cos, sin))
+
+
+def cross_entropy(
+    logits: Tensor, targets: Tensor, *, ignore_index: int = -100, backend: str | None = None
+) -> Tensor:
+    """Mean negative log-likelihood, in nats, over the targets that are not `ignore_index`; 0 if there are none.
+
+    logits: (N, V); targets: (N,) int64 in [0, V). Returns a float32 scalar (float64 for float64 logits).
+    """
+    return _run("cross_entropy", backend, _cross_entropy_args(logits, targets, ignore_index=ignore_index))
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> str:
+    """Every backend of `op` for this call, a line each: whether auto chooses it, or why it cannot run.
+
+    Takes the arguments of the op, without `backend=`.
+    """
+    if op not in _ARGS:
+        raise InputError(f"unknown op {op!r}; choose one of: {', '.join(_ARGS)}")
+    full = _ARGS[op](*args, **kwargs)
+    by_auto = registry.auto(op, full)
+    lines = []
+    for name, reason in registry.reasons(op, full).items():
+        lines.append(f"{op}: {name}: {reason or ('chosen by auto' if name == by_auto else 'can run')}")
+    return "\n".join(lines)
+
+
+def _run(op: str, backend: str | None, args: tuple[Any, ...]) -> Tensor:
+    kernels = registry.choose(op, backend, args)
+    if kernels is None:
+        return getattr(reference, op)(*args)
+    return autograd.FUNCTIONS[op].apply(kernels, *args)  # pyright: ignore[reportReturnType]
+
+
+def _check_float(op: str, **tensors: Tensor | None) -> None:
+    """All given tensors are floating point and on the first one's device."""
+    (first_name, first), *rest = ((n, t) for n, t in tensors.items() if t is not None)
+    for name, t in ((first_name, first), *rest):
+        if not isinstance(t, Tensor):
+            raise InputError(f"{op}: {name} must be a torch.Tensor, not {type(t).__name__}")
+        if t.dtype not in FLOATS:
+            raise InputError(f"{op}: {name} has dtype {t.dtype}; it must be a floating-point tensor")
+        if t.device != first.device:
+            raise InputError(f"{op}: {name} is on {t.device} but {first_name} on {first.device}; move it there")
+
+
+def _check_row(op: str, x: Tensor, **parameters: Tensor | None) -> None:
+    """x has a last dimension, and each parameter is (N,) of x's dtype or of float32."""
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise InputError(f"{op}: x has shape {tuple(x.shape)}; its last dimension must hold at least one element")
+    for name, p in parameters.items():
+        if p is None:
+            continue
+        if p.shape != x.shape[-1:]:
+            raise InputError(f"{op}: {name} has shape {tuple(p.shape)}; it must be ({x.shape[-1]},), as x's last dimension")
+        if p.dtype not in (x.dtype, torch.float32):
+            raise InputError(f"{op}: {name} has dtype {p.dtype}; it must be x's {x.dtype} or torch.float32")
+
+
+def _softmax_args(x: Tensor) -> tuple[Any, ...]:
+    _check_float("softmax", x=x)
+    _check_row("softmax", x)
+    return (x,)
+
+
+def _layer_norm_args(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Any, ...]:
+    _check_float("layer_norm", x=x, weight=weight, bias=bias)
+    _check_row("layer_norm", x, weight=weight, bias=bias)
+    return x, weight, bias, eps
+
+
+def _rms_norm_args(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> tuple[Any, ...]:
+    _check_float("rms_norm", x=x, weight=weight)
+    _check_row("rms_norm", x, weight=weight)
+    return x, weight, eps
+
+
+def _attention_args(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None
+) -> tuple[Any, ...]:
+    _check_float("attention", q=q, k=k, v=v)
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.dim() != 4:
+            raise InputError(f"attention: {name} has shape {tuple(t.shape)}; it must be (batch, length, heads, head_dim)")
+        if t.dtype != q.dtype:
+            raise InputError(f"attention: {name} has dtype {t.dtype} but q {q.dtype}; cast them to one dtype")
+    if k.shape != v.shape:
+        raise InputError(f"attention: k has shape {tuple(k.shape)} but v {tuple(v.shape)}; they must be equal")
+    batch, _, heads, head_dim = q.shape
+    if k.shape[0] != batch or k.shape[3] != head_dim or head_dim == 0:
+        raise InputError(f"attention: k has shape {tuple(k.shape)}; with q {tuple(q.shape)} it must be ({batch}, Tk, Hkv, {head_dim})")
+    if k.shape[2] == 0 or heads % k.shape[2]:
+        raise InputError(f"attention: {heads} query heads cannot share {k.shape[2]} key heads; q's heads must be a multiple of k's")
+    scale = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
+    if not math.isfinite(scale):
+        raise InputError(f"attention: scale is {scale}; it must be finite")
+    return q, k, v, bool(causal), scale
+
+
+def _gelu_args(x: Tensor, *, approximate: str = "none") -> tuple[Any, ...]:
+    _check_float("gelu", x=x)
+    if approximate not in ("none", "tanh"):
+        raise InputError(f"gelu: approximate is {approximate!r}; it must be 'none' or 'tanh'")
+    return x, approximate
+
+
+def _swiglu_args(gate: Tensor, up: Tensor) -> tuple[Any, ...]:
+    _check_float("swiglu", gate=gate, up=up)
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise InputError(f"swiglu: gate is {tuple(gate.shape)} {gate.dtype} but up {tuple(up.shape)} {up.dtype}")
+    return gate, up
+
+
+def _rope_args(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Any, ...]:
+    _check_float("rope", x=x, cos=cos, sin=sin)
+    if x.dim() != 4 or x.shape[-1] % 2:
+        raise InputError(f"rope: x has shape {tuple(x.shape)}; it must be (batch, length, heads, head_dim), head_dim even")
+    expected = (x.shape[1], x.shape[3] // 2)
+    for name, t in (("cos", cos), ("sin", sin)):
+        if t.shape != expected:
+            raise InputError(f"rope: {name} has shape {tuple(t.shape)}; with x {tuple(x.shape)} it must be {expected}")
+    return x, cos, sin
+
+
+def _cross_entropy_args(logits: Tensor, targets: Tensor, *, ignore_index: int = -100) -> tuple[Any, ...]:
+    _check_float("cross_entropy", logits=logits)
+    if logits.dim() != 2 or targets.shape != logits.shape[:1] or targets.dtype != torch.int64:
+        raise InputError(
+            f"cross_entropy: logits are {tuple(logits.shape)} and targets {tuple(targets.shape)} {targets.dtype};"
+            " they must be (N, V) and (N,) torch.int64"
+        )
+    return logits, targets, ignore_index
+
+
+_ARGS = {
+    "softmax": _softmax_args,
+    "layer_norm": _layer_norm_args,
+    "attention": _attention_args,
+    "rms_norm": _rms_norm_args,
+    "gelu": _gelu_args,
+    "swiglu": _swiglu_args,
+    "rope": _rope_args,
+    "cross_entropy": _cross_entropy_args,
+}

@@ -1,0 +1,164 @@
+"""Which backend runs an op: the table of backends, the rule of choice, and the reasons why not.
+
+Precedence: argument > `use_backend(...)` > `LLMFAST_BACKEND` > auto. Only auto may fall back to the reference, and where
+it does so on a device that a kernel exists for, it warns once and `explain` gives the reason.
+"""
+
+import functools
+import importlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import environment
+from ..errors import BackendError, InputError
+
+REFERENCE = "reference"
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of one op.
+
+    `module` is imported on first use and supplies `<op>_fwd` and `<op>_bwd` (tensors in, tensors out) and, where it has
+    limits beyond device and dtype, `<op>_limits(*args) -> str | None`, the reason why it cannot run a call.
+    """
+
+    name: str
+    module: str
+    devices: frozenset[str]
+    dtypes: frozenset[torch.dtype]
+
+
+_HALF_AND_FLOAT = frozenset({torch.float32, torch.float16, torch.bfloat16})
+
+
+def _triton(module: str) -> Backend:
+    return Backend("triton", f"llmfast.kernels.{module}", frozenset({"cuda"}), _HALF_AND_FLOAT)
+
+
+# Backends of each op besides the reference, best first: the order auto tries them in.
+BACKENDS: dict[str, tuple[Backend, ...]] = {
+    "softmax": (_triton("softmax"),),
+    "layer_norm": (_triton("norm"),),
+    "attention": (_triton("attention"),),
+    "rms_norm": (),
+    "gelu": (),
+    "swiglu": (),
+    "rope": (),
+    "cross_entropy": (),
+}
+NAMES = (AUTO, REFERENCE, *dict.fromkeys(row.name for rows in BACKENDS.values() for row in rows))
+
+_override: ContextVar[str | None] = ContextVar("llmfast_backend", default=None)
+
+
+class BackendFallbackWarning(UserWarning):
+    """auto took the reference although a kernel exists for this device."""
+
+
+def _check_name(name: str, origin: str) -> str:
+    if name not in NAMES:
+        raise InputError(f"unknown backend {name!r} ({origin}); choose one of: {', '.join(NAMES)}")
+    return name
+
+
+def current_backend() -> str:
+    """The backend that a call without `backend=` asks for: from `use_backend`, else `LLMFAST_BACKEND`, else auto."""
+    return _override.get() or _check_name(environment.backend(), "LLMFAST_BACKEND")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Ask for backend `name` in every op call inside the block (this thread and context only)."""
+    token = _override.set(_check_name(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+@functools.cache
+def _load(module: str) -> ModuleType | str:
+    """The backend's module, or why it cannot be imported."""
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # a broken Triton raises anything at import; the reason is kept and shown
+        return f"{module} cannot be imported: {type(error).__name__}: {error}".splitlines()[0]
+
+
+def _why_not(op: str, backend: Backend, args: tuple[Any, ...]) -> str | None:
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    device, dtype = tensors[0].device, tensors[0].dtype
+    interpreted = backend.name == "triton" and device.type == "cpu" and environment.triton_interpreted()
+    if device.type not in backend.devices and not interpreted:
+        remedy = " (TRITON_INTERPRET=1 runs it on the CPU, for tests)" if backend.name == "triton" else ""
+        return f"runs on {'/'.join(sorted(backend.devices))}, not on {device.type}{remedy}"
+    if dtype not in backend.dtypes:
+        return f"has no {str(dtype).removeprefix('torch.')} kernel"
+    if interpreted and dtype is torch.bfloat16:
+        return "Triton's CPU interpreter computes bfloat16 wrongly; use float32 or float16"
+    module = _load(backend.module)
+    if isinstance(module, str):
+        return module
+    limits = getattr(module, f"{op}_limits", None)
+    return limits(*args) if limits else None
+
+
+@functools.cache
+def _warn_once(op: str, reasons: str) -> None:
+    message = f"{op}: auto runs the reference, because {reasons}"
+    warnings.warn(BackendFallbackWarning(message), stacklevel=5)
+
+
+def choose(op: str, requested: str | None, args: tuple[Any, ...]) -> ModuleType | None:
+    """The module whose `<op>_fwd`/`<op>_bwd` run this call; None means the reference.
+
+    Raises BackendError if an explicitly requested backend cannot run it. `use_backend` and `LLMFAST_BACKEND` speak of
+    every op: one that has no backend of that name runs its reference.
+    """
+    name = _check_name(requested, "backend=") if requested else current_backend()
+    if name == REFERENCE:
+        return None
+    if name == AUTO:  # the interpreter is for tests: auto never takes it
+        rows = [row for row in BACKENDS[op] if args[0].device.type in row.devices]
+    else:
+        rows = [row for row in BACKENDS[op] if row.name == name]
+        if requested and not rows:
+            raise BackendError(f"{op}: there is no {name} backend for it; use backend='auto'")
+    reasons = []
+    for row in rows:
+        reason = _why_not(op, row, args)
+        if reason is None:
+            return importlib.import_module(row.module)
+        reasons.append(f"{row.name} {reason}")
+    if not reasons:
+        return None
+    if name != AUTO:
+        raise BackendError(f"{op}: {reasons[0]}; backend='auto' takes one that can run")
+    if environment.strict():
+        raise BackendError(f"{op}: LLMFAST_STRICT forbids the reference, and {'; '.join(reasons)}")
+    _warn_once(op, "; ".join(reasons))
+    return None
+
+
+def auto(op: str, args: tuple[Any, ...]) -> str:
+    """The name of the backend that auto would choose for this call."""
+    device = args[0].device.type
+    for row in BACKENDS[op]:
+        if device in row.devices and _why_not(op, row, args) is None:
+            return row.name
+    return REFERENCE
+
+
+def reasons(op: str, args: tuple[Any, ...]) -> dict[str, str | None]:
+    """For every backend of `op`, best first: None if it can run this call, else the reason why not."""
+    return {row.name: _why_not(op, row, args) for row in BACKENDS[op]} | {REFERENCE: None}
