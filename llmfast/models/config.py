@@ -41,7 +41,9 @@ class Config:
                 raise InputError(f"Config.{name} is {value!r}; it must be a positive integer")
         for name, choices in (("norm", Norm), ("position", Position), ("mlp", MLP)):
             if getattr(self, name) not in get_args(choices):
-                raise InputError(f"Config.{name} is {getattr(self, name)!r}; choose one of: {', '.join(get_args(choices))}")
+                raise InputError(
+                    f"Config.{name} is {getattr(self, name)!r}; choose one of: {', '.join(get_args(choices))}"
+                )
         if self.n_head % self.n_kv_head:
             raise InputError(f"Config.n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
         if self.position == "rope" and self.head_dim % 2:

@@ -1,9 +1,9 @@
 """The operations a GPT is made of: one function each, several backends behind it.
 
-    y = ops.softmax(x)                          # auto: the first backend that can run this call
-    y = ops.softmax(x, backend="triton")        # explicit: runs, or raises with the reason
-    with ops.use_backend("reference"): ...      # for a block of code
-    print(ops.explain("softmax", x))            # every backend, and why it would or would not run
+y = ops.softmax(x)                          # auto: the first backend that can run this call
+y = ops.softmax(x, backend="triton")        # explicit: runs, or raises with the reason
+with ops.use_backend("reference"): ...      # for a block of code
+print(ops.explain("softmax", x))            # every backend, and why it would or would not run
 """
 
 from .functional import attention, cross_entropy, explain, gelu, layer_norm, rms_norm, rope, softmax, swiglu

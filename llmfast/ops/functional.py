@@ -69,9 +69,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -> 
     return _run("rope", backend, _rope_args(x, cos, sin))
 
 
-def cross_entropy(
-    logits: Tensor, targets: Tensor, *, ignore_index: int = -100, backend: str | None = None
-) -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100, backend: str | None = None) -> Tensor:
     """Mean negative log-likelihood, in nats, over the targets that are not `ignore_index`; 0 if there are none.
 
     logits: (N, V); targets: (N,) int64 in [0, V). Returns a float32 scalar (float64 for float64 logits).
@@ -121,7 +119,9 @@ def _check_row(op: str, x: Tensor, **parameters: Tensor | None) -> None:
         if p is None:
             continue
         if p.shape != x.shape[-1:]:
-            raise InputError(f"{op}: {name} has shape {tuple(p.shape)}; it must be ({x.shape[-1]},), as x's last dimension")
+            raise InputError(
+                f"{op}: {name} has shape {tuple(p.shape)}; it must be ({x.shape[-1]},), as x's last dimension"
+            )
         if p.dtype not in (x.dtype, torch.float32):
             raise InputError(f"{op}: {name} has dtype {p.dtype}; it must be x's {x.dtype} or torch.float32")
 
@@ -152,16 +152,22 @@ def _attention_args(
     _check_float("attention", q=q, k=k, v=v)
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dim() != 4:
-            raise InputError(f"attention: {name} has shape {tuple(t.shape)}; it must be (batch, length, heads, head_dim)")
+            raise InputError(
+                f"attention: {name} has shape {tuple(t.shape)}; it must be (batch, length, heads, head_dim)"
+            )
         if t.dtype != q.dtype:
             raise InputError(f"attention: {name} has dtype {t.dtype} but q {q.dtype}; cast them to one dtype")
     if k.shape != v.shape:
         raise InputError(f"attention: k has shape {tuple(k.shape)} but v {tuple(v.shape)}; they must be equal")
     batch, _, heads, head_dim = q.shape
     if k.shape[0] != batch or k.shape[3] != head_dim or head_dim == 0:
-        raise InputError(f"attention: k has shape {tuple(k.shape)}; with q {tuple(q.shape)} it must be ({batch}, Tk, Hkv, {head_dim})")
+        raise InputError(
+            f"attention: k has shape {tuple(k.shape)}; with q {tuple(q.shape)} it must be ({batch}, Tk, Hkv, {head_dim})"
+        )
     if k.shape[2] == 0 or heads % k.shape[2]:
-        raise InputError(f"attention: {heads} query heads cannot share {k.shape[2]} key heads; q's heads must be a multiple of k's")
+        raise InputError(
+            f"attention: {heads} query heads cannot share {k.shape[2]} key heads; q's heads must be a multiple of k's"
+        )
     scale = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
     if not math.isfinite(scale):
         raise InputError(f"attention: scale is {scale}; it must be finite")
@@ -185,7 +191,9 @@ def _swiglu_args(gate: Tensor, up: Tensor) -> tuple[Any, ...]:
 def _rope_args(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Any, ...]:
     _check_float("rope", x=x, cos=cos, sin=sin)
     if x.dim() != 4 or x.shape[-1] % 2:
-        raise InputError(f"rope: x has shape {tuple(x.shape)}; it must be (batch, length, heads, head_dim), head_dim even")
+        raise InputError(
+            f"rope: x has shape {tuple(x.shape)}; it must be (batch, length, heads, head_dim), head_dim even"
+        )
     expected = (x.shape[1], x.shape[3] // 2)
     for name, t in (("cos", cos), ("sin", sin)):
         if t.shape != expected:

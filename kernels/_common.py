@@ -1,0 +1,41 @@
+"""What every kernel here shares: block sizes for row kernels, row views of tensors, and the number of multiprocessors."""
+
+import functools
+
+import torch
+import triton
+from torch import Tensor
+
+# Rows up to this many elements are held in registers whole; longer ones are walked in blocks.
+MAX_ROW_IN_REGISTERS = 32768
+
+
+def row_settings(n_cols: int, longest: int = MAX_ROW_IN_REGISTERS) -> tuple[int, int, int]:
+    """(rows per program, columns per block, warps) for a kernel over rows of `n_cols` elements.
+
+    The block covers a row of up to `longest` elements, and short rows share a program, so that each thread has 8 to 64
+    elements: enough independent 16-byte loads in flight, and no more registers than there are. A longer row gives a
+    block that the kernel must walk with.
+    """
+    if n_cols <= 0:
+        raise ValueError(f"row_settings: n_cols is {n_cols}; a row must hold at least one element")
+    if n_cols > longest:
+        return 1, min(longest, 8192), 8
+    block = max(16, triton.next_power_of_2(n_cols))
+    rows = max(1, min(16, 2048 // block))
+    warps = min(16, max(2, rows * block // 512))
+    return rows, block, warps
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x as (rows, N) with unit stride in a row: a view where its strides allow, else a copy."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a CUDA device; 4 for the CPU interpreter, so that tests walk the same loops."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count

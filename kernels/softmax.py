@@ -1,0 +1,137 @@
+"""Softmax over rows, forward and backward.
+
+A row of up to 32768 elements (16384 backward) is read once and held in registers; a longer one takes two passes, the
+first keeping a running maximum and sum per lane (online softmax, https://arxiv.org/abs/1805.02867). Arithmetic is
+float32. Not supported: float64, and softmax over any dimension but the last.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import as_rows, row_settings
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2_HIGH: tl.constexpr = tl.constexpr(0.693359375)  # 9 bits: its product with an integer is exact
+LN2_LOW: tl.constexpr = tl.constexpr(-2.12194440e-4)
+MAX_BACKWARD_ROW = 16384
+
+
+@triton.jit
+def _exp(x, EXACT: tl.constexpr):
+    """e^x for x <= 0. EXACT, for float32 results, splits x = n ln 2 + r (Cody and Waite, Software Manual for the
+    Elementary Functions, 1980): in 2^(x log2 e) alone the product's rounding is magnified by |x|."""
+    if EXACT:
+        x = tl.where(x < -200.0, -200.0, x)  # e^-200 is 0 in float32, and -inf would give inf - inf below; NaN stays
+        n = tl.floor(x * LOG2E + 0.5)
+        r = (x - n * LN2_HIGH) - n * LN2_LOW
+        return tl.exp2(r * LOG2E) * tl.exp2(n)
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def _softmax_fwd_kernel(X, Y, x_stride, n_rows, n_cols, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """X: (n_rows, n_cols) with row stride x_stride; Y: the same, contiguous. ROWS rows per program, BLOCK >= n_cols."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, BLOCK)[None, :]
+    inside = (row < n_rows) & (col < n_cols)
+    x = tl.load(X + row * x_stride + col, mask=inside, other=-float("inf")).to(tl.float32)
+    e = _exp(x - tl.max(x, 1)[:, None], Y.dtype.element_ty == tl.float32)
+    total = tl.sum(e, 1)[:, None]
+    y = tl.div_rn(e, total) if Y.dtype.element_ty == tl.float32 else e / total
+    tl.store(Y + row * n_cols + col, y.to(Y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _softmax_fwd_long_kernel(X, Y, x_stride, n_cols, BLOCK: tl.constexpr):
+    """The same for one row per program, walked twice in blocks."""
+    row = tl.program_id(0).to(tl.int64)
+    X += row * x_stride
+    Y += row * n_cols
+    EXACT: tl.constexpr = Y.dtype.element_ty == tl.float32
+    m = tl.full([BLOCK], -float("inf"), tl.float32)
+    s = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n_cols, BLOCK):
+        col = start + tl.arange(0, BLOCK)
+        x = tl.load(X + col, mask=col < n_cols, other=-float("inf")).to(tl.float32)
+        larger = tl.maximum(m, x)
+        # A lane that has seen only -inf keeps a sum of 0: -inf - -inf would make it NaN.
+        base = tl.where(larger == -float("inf"), 0.0, larger)
+        s = s * _exp(m - base, EXACT) + _exp(x - base, EXACT)
+        m = larger
+    row_max = tl.max(m, 0)
+    r = tl.div_rn(1.0, tl.sum(s * _exp(m - row_max, EXACT), 0))
+    for start in range(0, n_cols, BLOCK):
+        col = start + tl.arange(0, BLOCK)
+        x = tl.load(X + col, mask=col < n_cols, other=-float("inf")).to(tl.float32)
+        y = _exp(x - row_max, EXACT) * r
+        tl.store(Y + col, y.to(Y.dtype.element_ty), mask=col < n_cols)
+
+
+@triton.jit
+def _softmax_bwd_kernel(DY, Y, DX, dy_stride, n_rows, n_cols, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """dx = y * (dy - sum(dy * y)). DY: (n_rows, n_cols) with row stride dy_stride; Y, DX: contiguous."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, BLOCK)[None, :]
+    inside = (row < n_rows) & (col < n_cols)
+    dy = tl.load(DY + row * dy_stride + col, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(Y + row * n_cols + col, mask=inside, other=0.0).to(tl.float32)
+    dx = y * (dy - tl.sum(dy * y, 1)[:, None])
+    tl.store(DX + row * n_cols + col, dx.to(DX.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _softmax_bwd_long_kernel(DY, Y, DX, dy_stride, n_cols, BLOCK: tl.constexpr):
+    """The same for one row per program, walked twice in blocks."""
+    row = tl.program_id(0).to(tl.int64)
+    DY += row * dy_stride
+    Y += row * n_cols
+    DX += row * n_cols
+    dot = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n_cols, BLOCK):
+        col = start + tl.arange(0, BLOCK)
+        dy = tl.load(DY + col, mask=col < n_cols, other=0.0).to(tl.float32)
+        dot += dy * tl.load(Y + col, mask=col < n_cols, other=0.0).to(tl.float32)
+    total = tl.sum(dot, 0)
+    for start in range(0, n_cols, BLOCK):
+        col = start + tl.arange(0, BLOCK)
+        dy = tl.load(DY + col, mask=col < n_cols, other=0.0).to(tl.float32)
+        y = tl.load(Y + col, mask=col < n_cols, other=0.0).to(tl.float32)
+        tl.store(DX + col, (y * (dy - total)).to(DX.dtype.element_ty), mask=col < n_cols)
+
+
+def softmax_fwd(x: Tensor) -> Tensor:
+    """x: (..., N) -> y of the same shape and dtype, contiguous."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    rows = as_rows(x)
+    n_rows, n_cols = rows.shape
+    per_program, block, warps = row_settings(n_cols)
+    if n_cols <= block:
+        grid = (triton.cdiv(n_rows, per_program),)
+        _softmax_fwd_kernel[grid](
+            rows, y, rows.stride(0), n_rows, n_cols, ROWS=per_program, BLOCK=block, num_warps=warps
+        )
+    else:
+        _softmax_fwd_long_kernel[(n_rows,)](rows, y, rows.stride(0), n_cols, BLOCK=block, num_warps=warps)
+    return y
+
+
+def softmax_bwd(dy: Tensor, y: Tensor) -> Tensor:
+    """dy, y: (..., N), y as `softmax_fwd` gave it -> dx of the same shape and dtype."""
+    dx = torch.empty_like(y)
+    if dx.numel() == 0:
+        return dx
+    rows = as_rows(dy)
+    n_rows, n_cols = rows.shape
+    per_program, block, warps = row_settings(n_cols, MAX_BACKWARD_ROW)
+    if n_cols <= block:
+        grid = (triton.cdiv(n_rows, per_program),)
+        _softmax_bwd_kernel[grid](
+            rows, y, dx, rows.stride(0), n_rows, n_cols, ROWS=per_program, BLOCK=block, num_warps=warps
+        )
+    else:
+        _softmax_bwd_long_kernel[(n_rows,)](rows, y, dx, rows.stride(0), n_cols, BLOCK=block, num_warps=warps)
+    return dx

@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: one table of cases, the accuracy rule, timing, and peers to compare with."""

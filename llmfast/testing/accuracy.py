@@ -1,0 +1,69 @@
+"""The accuracy rule: |ours - truth| <= 2 x |PyTorch at that dtype - truth| + 1 ulp, forward and every gradient.
+
+Truth is the reference in float64 from the same (rounded) inputs. Differences are largest absolute ones over a tensor, and
+the ulp is that of the tensor's largest magnitude: the criterion FlashAttention made common, which needs no magic
+tolerance (https://github.com/Dao-AILab/flash-attention/blob/main/tests/test_flash_attn.py).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .cases import Case
+
+
+class Comparison(NamedTuple):
+    """One tensor's largest error, PyTorch's own, and the most that the rule allows."""
+
+    name: str
+    error: float
+    torch_error: float
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.allowed  # False for NaN
+
+    def __str__(self) -> str:
+        return f"{self.name}: error {self.error:.3g}, PyTorch's {self.torch_error:.3g}, allowed {self.allowed:.3g}"
+
+
+def compare(case: Case, inputs: list[Tensor], grad: Tensor, backend: str) -> list[Comparison]:
+    """Run the case's op forward and backward on `backend`, on PyTorch's own function and on the float64 truth."""
+    names = [case.op, *(f"d{name}" for name in case.inputs)]
+    ours = run(lambda *t: case.ours(*t, backend=backend), inputs, grad, inputs[0].dtype)
+    peer = run(case.torch, inputs, grad, inputs[0].dtype)
+    probed = [case.probe(t) for t in inputs]
+    truth = run(lambda *t: case.ours(*t, backend="reference"), probed, case.probe(grad), torch.float64)
+    magnitude = case.amplification * max(_largest(t) for t in (*probed, grad))
+    return [
+        _compare(name, case.probe(o) if o.dim() > 1 else o, case.probe(p) if p.dim() > 1 else p, t, magnitude)
+        for name, o, p, t in zip(names, ours, peer, truth, strict=True)
+    ]
+
+
+def run(function: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """The output of `function` at `dtype` and its gradients for an upstream `grad`. Strides of inputs are kept."""
+    leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
+
+
+def _compare(name: str, ours: Tensor, peer: Tensor, truth: Tensor, magnitude: float) -> Comparison:
+    assert ours.shape == truth.shape and ours.dtype == peer.dtype, f"{name}: {ours.shape} {ours.dtype}"
+    if truth.numel() == 0:
+        return Comparison(name, 0.0, 0.0, 0.0)
+    error, peer_error = (_largest(t.double() - truth) for t in (ours, peer))
+    allowed = 2 * peer_error + torch.finfo(ours.dtype).eps * _largest(truth)
+    rounding = 8 * torch.finfo(torch.float32).eps * magnitude
+    if (
+        _largest(truth) < rounding
+    ):  # a true zero, as dq over a single key: what is left is float32 rounding of its terms
+        allowed += rounding
+    return Comparison(name, error, peer_error, allowed)
+
+
+def _largest(t: Tensor) -> float:
+    return float(t.detach().abs().max()) if t.numel() else 0.0

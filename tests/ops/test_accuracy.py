@@ -1,0 +1,176 @@
+"""Every backend of every op against the float64 truth, forward and gradients, over the shared table of cases."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmfast import ops
+from llmfast.ops.registry import BACKENDS, REFERENCE
+from llmfast.testing.accuracy import compare
+from llmfast.testing.cases import TEST_CASES, AttentionCase, Case, RowCase, make_inputs
+
+# The interpreter computes bfloat16 wrongly: there it is left to a GPU.
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
+COVERED = {op: [*(row.name for row in BACKENDS[op]), REFERENCE] for op in TEST_CASES}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check(case: Case, inputs: list[Tensor], backend: str, grad: Tensor | None = None) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+    if grad is None:
+        shape = next(iter(case.inputs.values()))
+        generator = torch.Generator(inputs[0].device).manual_seed(1)
+        grad = torch.randn(shape, device=inputs[0].device, generator=generator).to(inputs[0].dtype)
+    comparisons = compare(case, inputs, grad, backend)
+    assert all(c.ok for c in comparisons), "; ".join(str(c) for c in comparisons)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [
+        pytest.param(case, backend, id=f"{op}-{case.label.replace(' ', '-')}-{backend}")
+        for op, cases in TEST_CASES.items()
+        for case in cases
+        for backend in COVERED[op]
+    ],
+)
+def test_against_truth(case: Case, backend: str, dtype: torch.dtype, device: str) -> None:
+    check(case, make_inputs(case, device, dtype), backend)
+
+
+ORDINARY: list[Case] = [
+    RowCase("softmax", 37, 300),
+    RowCase("layer_norm", 37, 300),
+    RowCase("layer_norm", 9, 9001),
+    AttentionCase(2, 70, 90, 4, 2, 64, causal=True),
+]
+EACH = pytest.mark.parametrize(
+    ("case", "backend"),
+    [pytest.param(c, b, id=f"{c.op}-{c.label.replace(' ', '-')}-{b}") for c in ORDINARY for b in COVERED[c.op]],
+)
+
+
+@EACH
+@pytest.mark.parametrize("scale", [1e-3, 10.0])
+def test_magnitudes(case: Case, backend: str, scale: float, device: str) -> None:
+    """Small values, and large ones whose scores and variances are far from 1."""
+    if case.op == "attention" and scale > 1:
+        scale = 2.0  # scores of +-15; with ones in the hundreds, luck in the rounding of q k^T decides for all
+    check(case, make_inputs(case, device, torch.float32, scale=scale), backend)
+
+
+@pytest.mark.parametrize("backend", COVERED["layer_norm"])
+@pytest.mark.parametrize("case", [c for c in ORDINARY if c.op == "layer_norm"], ids=lambda c: c.label)
+def test_large_mean(case: Case, backend: str, device: str) -> None:
+    """Values of 1000 +- 1: a variance taken as E[x^2] - E[x]^2 loses all its digits here."""
+    inputs = [(t.detach() + 1000.0).requires_grad_() for t in make_inputs(case, device, torch.float32)]
+    check(case, inputs, backend)
+
+
+def strided(t: Tensor) -> Tensor:
+    """The same values with a gap after every row and every element of the leading dimensions."""
+    wide = torch.full((*t.shape[:-1], 2 * t.shape[-1] + 3), float("nan"), device=t.device, dtype=t.dtype)
+    wide[..., 1 : 1 + t.shape[-1]] = t
+    return wide[..., 1 : 1 + t.shape[-1]]
+
+
+def transposed(t: Tensor) -> Tensor:
+    """The same values with the last dimension not the fastest."""
+    return t.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+@EACH
+@pytest.mark.parametrize("layout", [strided, transposed])
+def test_layouts(case: Case, backend: str, layout, device: str) -> None:
+    inputs = [layout(t.detach()).requires_grad_() for t in make_inputs(case, device, torch.float32)]
+    grad = layout(torch.randn(inputs[0].shape, device=device))
+    check(case, inputs, backend, grad)
+
+
+@EACH
+def test_expanded_gradient(case: Case, backend: str, device: str) -> None:
+    """`out.sum().backward()` hands back one number with every stride 0."""
+    inputs = make_inputs(case, device, torch.float32)
+    check(case, inputs, backend, torch.full((), 0.7, device=device).expand(inputs[0].shape))
+
+
+@pytest.mark.parametrize("backend", COVERED["attention"])
+def test_attention_reads_packed_qkv_by_strides(backend: str, device: str) -> None:
+    """q, k and v as slices of one projection, as the model hands them over, equal their copies bit for bit."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    packed = torch.randn(2, 50, 8, 64, device=device)
+    slices = packed.split((4, 2, 2), dim=2)
+    copies = [t.contiguous() for t in slices]
+    got = ops.attention(*slices, causal=True, backend=backend)
+    assert torch.equal(got, ops.attention(*copies, causal=True, backend=backend))
+
+
+@pytest.mark.parametrize("backend", COVERED["attention"])
+def test_attention_queries_without_keys_give_zeros(backend: str, device: str) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+    q, k, v = make_inputs(AttentionCase(1, 80, 16, 2, 2, 32, causal=True), device, torch.float32)
+    out = ops.attention(q, k, v, causal=True, backend=backend)
+    assert (out[:, :64] == 0).all() and (out[:, 64:] != 0).any()
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert all(g.isfinite().all() for g in grads) and (grads[0][:, :64] == 0).all()
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3, 2.0])
+@pytest.mark.parametrize("backend", COVERED["attention"])
+def test_attention_scale(backend: str, scale: float, device: str) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+    inputs = make_inputs(AttentionCase(1, 40, 70, 2, 2, 64, causal=True), device, torch.float32)
+    truth = ops.attention(*(t.double() for t in inputs), causal=True, scale=scale, backend="reference")
+    torch.testing.assert_close(
+        ops.attention(*inputs, causal=True, scale=scale, backend=backend).double(), truth, rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("backend", COVERED["attention"])
+def test_attention_does_not_read_past_its_keys(backend: str, device: str) -> None:
+    """Keys as the front of a larger buffer of garbage, as in a key-value cache."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    q, k, v = (t.detach() for t in make_inputs(AttentionCase(2, 5, 37, 4, 2, 64, causal=True), device, torch.float32))
+    buffers = [torch.full((2, 100, 2, 64), float("nan"), device=device) for _ in range(2)]
+    for buffer, t in zip(buffers, (k, v), strict=True):
+        buffer[:, :37] = t
+    cached = ops.attention(q, buffers[0][:, :37], buffers[1][:, :37], causal=True, backend=backend)
+    assert torch.equal(cached, ops.attention(q, k, v, causal=True, backend=backend))
+
+
+@pytest.mark.parametrize("backend", COVERED["softmax"])
+@pytest.mark.parametrize("cols", [50, 40_000])
+def test_softmax_infinities(backend: str, cols: int, device: str) -> None:
+    """-inf gets probability 0, a row of nothing else is NaN as in PyTorch, and so is one with +inf or NaN."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    x = torch.randn(5, cols, device=device)
+    x[0, : cols // 2] = float("-inf")
+    x[1] = float("-inf")
+    x[2, 3] = float("inf")
+    x[3, cols - 1] = float("nan")
+    y, expected = ops.softmax(x, backend=backend), torch.softmax(x, -1)
+    assert torch.equal(y.isnan(), expected.isnan())
+    torch.testing.assert_close(y, expected, equal_nan=True)
+
+
+@EACH
+def test_backward_is_bitwise_repeatable(case: Case, backend: str, device: str) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+    inputs = make_inputs(case, device, torch.float32)
+    out = case.ours(*inputs, backend=backend)
+    grad = torch.randn_like(out)
+    first = torch.autograd.grad(out, inputs, grad, retain_graph=True)
+    for _ in range(3):
+        again = torch.autograd.grad(out, inputs, grad, retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
