@@ -1,4 +1,4 @@
-"""What every kernel here shares: block sizes for row kernels, row views of tensors, and the number of multiprocessors."""
+"""What the kernels share: block sizes for row kernels, row views of tensors, and the number of multiprocessors."""
 
 import functools
 

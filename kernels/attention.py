@@ -38,7 +38,7 @@ def attention_limits(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
 
 
 def _tiles(q: Tensor, direction: str) -> Tiles:
-    """Tiles by head dimension and element size: the largest that leave registers and 100 KB of shared memory unspilt."""
+    """Tiles by direction, architecture and head dimension; small for float32, which uses no tensor cores."""
     head_dim = triton.next_power_of_2(q.shape[3])
     if q.dtype == torch.float32:
         return Tiles(64, 32, 4, 1) if head_dim <= 64 else Tiles(32, 32 if head_dim <= 128 else 16, 4, 1)
@@ -80,8 +80,8 @@ def _store_tile(X, base, first, stride, limit, x, N: tl.constexpr, D: tl.constex
 
 @triton.jit
 def _probability(s, m, log2_sum, scale2, EXACT: tl.constexpr):
-    """2^((s - m) * scale2 - log2_sum): of unscaled scores s, with row maxima m. EXACT, for float32, subtracts the maximum
-    first; otherwise all but s goes into one number a row, and a single multiply-add remains."""
+    """2^((s - m) * scale2 - log2_sum), for unscaled scores s with row maxima m. EXACT, for float32, subtracts the
+    maximum first; otherwise all but s is one number a row, and a single multiply-add remains."""
     if EXACT:
         return tl.exp2((s - m) * scale2 - log2_sum)
     return tl.exp2(s * scale2 - (m * scale2 + log2_sum))
@@ -89,7 +89,7 @@ def _probability(s, m, log2_sum, scale2, EXACT: tl.constexpr):
 
 @triton.jit
 def _fwd_keys(
-    acc, m, l, q, K, V, k_base, v_base, k_stride, v_stride, m0, begin, end, n_keys, offset, scale2,
+    acc, m, total, q, K, V, k_base, v_base, k_stride, v_stride, m0, begin, end, n_keys, offset, scale2,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -109,11 +109,11 @@ def _fwd_keys(
         base = tl.where(m_new == -float("inf"), 0.0, m_new) if MASKED else m_new
         p = _probability(s, base[:, None], 0.0, scale2, q.dtype == tl.float32)
         alpha = tl.exp2((m - base) * scale2)
-        l = l * alpha + tl.sum(p, 1)
+        total = total * alpha + tl.sum(p, 1)
         v = _tile(V, v_base, n0, v_stride, n_keys, BLOCK_N, D, BLOCK_D)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
         m = m_new
-    return acc, m, l
+    return acc, m, total
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -139,7 +139,7 @@ def _attention_fwd_kernel(
     q = _tile(Q, b * q_sb + h * q_sh, m0, q_st, n_queries, BLOCK_M, D, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     m = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
     # Keys in [0, full) are seen by every query of the tile, keys in [full, end) by some, keys from end on by none.
     end = n_keys
     full = n_keys
@@ -147,19 +147,19 @@ def _attention_fwd_kernel(
         end = tl.minimum(n_keys, tl.maximum(m0 + BLOCK_M + offset, 0))
         full = tl.minimum(n_keys, tl.maximum(m0 + 1 + offset, 0))
     full = full // BLOCK_N * BLOCK_N
-    acc, m, l = _fwd_keys(
-        acc, m, l, q, K, V, k_base, v_base, k_st, v_st, m0, 0, full, n_keys, offset, scale2,
+    acc, m, total = _fwd_keys(
+        acc, m, total, q, K, V, k_base, v_base, k_st, v_st, m0, 0, full, n_keys, offset, scale2,
         False, CAUSAL, D, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    acc, m, l = _fwd_keys(
-        acc, m, l, q, K, V, k_base, v_base, k_st, v_st, m0, full, end, n_keys, offset, scale2,
+    acc, m, total = _fwd_keys(
+        acc, m, total, q, K, V, k_base, v_base, k_st, v_st, m0, full, end, n_keys, offset, scale2,
         True, CAUSAL, D, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    out = acc / tl.where(l == 0.0, 1.0, l)[:, None]
+    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     _store_tile(Out, b * o_sb + h * o_sh, m0, o_st, n_queries, out, BLOCK_M, D, BLOCK_D)
     row = m0 + tl.arange(0, BLOCK_M)
     tl.store(Max + bh * n_queries + row, m, mask=row < n_queries)
-    tl.store(Log2Sum + bh * n_queries + row, tl.log2(l), mask=row < n_queries)
+    tl.store(Log2Sum + bh * n_queries + row, tl.log2(total), mask=row < n_queries)
 
 
 @triton.jit(do_not_specialize=SIZES[:3:2])
@@ -214,8 +214,8 @@ def _dkdv_queries(
 
 @triton.jit(do_not_specialize=SIZES)
 def _attention_dkdv_kernel(
-    Q, K, V, DOut, DK, DV, Max, Log2Sum, Delta, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, do_sb, do_st, do_sh,
-    dk_sb, dk_st, dk_sh, heads, group, n_queries, n_keys, scale,
+    Q, K, V, DOut, DK, DV, Max, Log2Sum, Delta, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
+    do_sb, do_st, do_sh, dk_sb, dk_st, dk_sh, heads, group, n_queries, n_keys, scale,
     CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dv = p^T dout and dk = ds^T q * scale for one key tile of one key head, summed over its group of query heads.
@@ -245,12 +245,12 @@ def _attention_dkdv_kernel(
         rows = (b * heads + h) * n_queries
         if CAUSAL:
             dk, dv = _dkdv_queries(
-                dk, dv, k, v, Q, DOut, Max + rows, Log2Sum + rows, Delta + rows, q_base, do_base, q_st, do_st, n0, begin, full,
-                n_queries, offset, scale, True, D, BLOCK_M, BLOCK_N, BLOCK_D,
+                dk, dv, k, v, Q, DOut, Max + rows, Log2Sum + rows, Delta + rows, q_base, do_base, q_st, do_st,
+                n0, begin, full, n_queries, offset, scale, True, D, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
         dk, dv = _dkdv_queries(
-            dk, dv, k, v, Q, DOut, Max + rows, Log2Sum + rows, Delta + rows, q_base, do_base, q_st, do_st, n0, full, n_queries,
-            n_queries, offset, scale, False, D, BLOCK_M, BLOCK_N, BLOCK_D,
+            dk, dv, k, v, Q, DOut, Max + rows, Log2Sum + rows, Delta + rows, q_base, do_base, q_st, do_st,
+            n0, full, n_queries, n_queries, offset, scale, False, D, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     base = b * dk_sb + kv_head * dk_sh
     _store_tile(DK, base, n0, dk_st, n_keys, dk * scale, BLOCK_N, D, BLOCK_D)
@@ -259,7 +259,8 @@ def _attention_dkdv_kernel(
 
 @triton.jit
 def _dq_keys(
-    dq, q, dout, row_max, log2_sum, delta, K, V, k_base, v_base, k_stride, v_stride, m0, begin, end, n_keys, offset, scale2,
+    dq, q, dout, row_max, log2_sum, delta, K, V, k_base, v_base, k_stride, v_stride,
+    m0, begin, end, n_keys, offset, scale2,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -310,11 +311,13 @@ def _attention_dq_kernel(
         full = tl.minimum(n_keys, tl.maximum(m0 + 1 + offset, 0))
     full = full // BLOCK_N * BLOCK_N
     dq = _dq_keys(
-        dq, q, dout, row_max, log2_sum, delta, K, V, k_base, v_base, k_st, v_st, m0, 0, full, n_keys, offset, scale * LOG2E,
+        dq, q, dout, row_max, log2_sum, delta, K, V, k_base, v_base, k_st, v_st,
+        m0, 0, full, n_keys, offset, scale * LOG2E,
         False, CAUSAL, D, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     dq = _dq_keys(
-        dq, q, dout, row_max, log2_sum, delta, K, V, k_base, v_base, k_st, v_st, m0, full, end, n_keys, offset, scale * LOG2E,
+        dq, q, dout, row_max, log2_sum, delta, K, V, k_base, v_base, k_st, v_st,
+        m0, full, end, n_keys, offset, scale * LOG2E,
         True, CAUSAL, D, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     _store_tile(DQ, b * dq_sb + h * dq_sh, m0, dq_st, n_queries, dq * scale, BLOCK_M, D, BLOCK_D)

@@ -23,7 +23,7 @@ def _layer_norm_fwd_kernel(
     X, W, B, Y, Mean, Rstd, x_stride, n_rows, n_cols, eps,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """X: (n_rows, n_cols) with row stride x_stride; W, B: (n_cols,); Y: as X, contiguous; Mean, Rstd: (n_rows,) fp32."""
+    """X: (n_rows, n_cols), row stride x_stride; W, B: (n_cols,); Y: as X, contiguous; Mean, Rstd: (n_rows,) fp32."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK)[None, :]
     inside = (row < n_rows) & (col < n_cols)
@@ -79,7 +79,8 @@ def _layer_norm_bwd_kernel(
     DY, X, W, Mean, Rstd, DX, PartialW, PartialB, dy_stride, x_stride, n_rows, n_cols,
     HAS_WEIGHT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dx = rstd * (wdy - mean(wdy) - x^ * mean(wdy * x^)), wdy = w * dy, x^ = (x - mean) * rstd; partial sums of dy * x^, dy.
+    """dx = rstd * (wdy - mean(wdy) - x^ * mean(wdy * x^)), wdy = w * dy, x^ = (x - mean) * rstd
+    and sums of dy * x^ and dy.
 
     DY, X: (n_rows, n_cols) with row strides; DX: contiguous; PartialW, PartialB: (programs, n_cols) fp32.
     """

@@ -81,8 +81,8 @@ class Config:
     def flops_per_token(self, context: int | None = None) -> float:
         """Training floating-point operations per token, forward and backward, the matrix products alone.
 
-        6 per matrix weight (the head counted, embedding look-ups not) plus 6 * n_layer * n_head * head_dim * context for
-        causal attention, its masked half left out (PaLM, appendix B, https://arxiv.org/abs/2204.02311, halved).
+        6 per matrix weight (the head counted, embedding look-ups not) plus 6 * n_layer * n_head * head_dim * context
+        for causal attention, its masked half left out (PaLM, appendix B, https://arxiv.org/abs/2204.02311, halved).
         """
         context = self.context_length if context is None else context
         q, kv = self.n_head * self.head_dim, self.n_kv_head * self.head_dim

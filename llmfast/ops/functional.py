@@ -162,7 +162,7 @@ def _attention_args(
     batch, _, heads, head_dim = q.shape
     if k.shape[0] != batch or k.shape[3] != head_dim or head_dim == 0:
         raise InputError(
-            f"attention: k has shape {tuple(k.shape)}; with q {tuple(q.shape)} it must be ({batch}, Tk, Hkv, {head_dim})"
+            f"attention: k has shape {tuple(k.shape)} but q {tuple(q.shape)}; k must be ({batch}, Tk, Hkv, {head_dim})"
         )
     if k.shape[2] == 0 or heads % k.shape[2]:
         raise InputError(

@@ -1,7 +1,7 @@
 """Which backend runs an op: the table of backends, the rule of choice, and the reasons why not.
 
-Precedence: argument > `use_backend(...)` > `LLMFAST_BACKEND` > auto. Only auto may fall back to the reference, and where
-it does so on a device that a kernel exists for, it warns once and `explain` gives the reason.
+Precedence: argument > `use_backend(...)` > `LLMFAST_BACKEND` > auto. Only auto may fall back to the reference; where it
+does so on a device that a kernel exists for, it warns once, and `explain` gives the reason.
 """
 
 import functools

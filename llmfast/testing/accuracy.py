@@ -1,7 +1,7 @@
 """The accuracy rule: |ours - truth| <= 2 x |PyTorch at that dtype - truth| + 1 ulp, forward and every gradient.
 
-Truth is the reference in float64 from the same (rounded) inputs. Differences are largest absolute ones over a tensor, and
-the ulp is that of the tensor's largest magnitude: the criterion FlashAttention made common, which needs no magic
+Truth is the reference in float64 from the same (rounded) inputs. Differences are the largest absolute ones in a tensor,
+and the ulp is that of its largest magnitude: the criterion that FlashAttention made common, which needs no magic
 tolerance (https://github.com/Dao-AILab/flash-attention/blob/main/tests/test_flash_attn.py).
 """
 

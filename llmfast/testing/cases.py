@@ -110,7 +110,7 @@ class AttentionCase:
         return out.transpose(1, 2)
 
     def probe(self, t: Tensor) -> Tensor:
-        """The last batch and the heads of the last key head, which depend on nothing else: the truth of all is too large."""
+        """The last batch and key head, which depend on no other: the truth of all would not fit in memory."""
         return t[-1:, :, -(t.shape[2] // self.kv_heads) :]
 
     def work(self, direction: str, itemsize: int) -> Work:
@@ -127,7 +127,7 @@ Case = RowCase | AttentionCase
 def make_inputs(
     case: Case, device: str | torch.device, dtype: torch.dtype, seed: int = 0, scale: float = 1.0
 ) -> list[Tensor]:
-    """Fresh normal tensors of the case's shapes, each needing a gradient. `scale` multiplies their standard deviation."""
+    """Normal tensors of the case's shapes and standard deviation `scale`, each needing a gradient."""
     generator = torch.Generator(device).manual_seed(seed)
     return [
         (scale * torch.randn(shape, device=device, generator=generator)).to(dtype).requires_grad_()

@@ -112,14 +112,14 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str], *, allow_special: bool = False) -> list[list[int]]:
         """Ids of every text, computed on all cores.
 
-        `<|endoftext|>` and other special tokens inside a text are spelled out as ordinary text, so untrusted text cannot
-        end a document; with `allow_special` they become their own ids. No id is added at either end.
+        `<|endoftext|>` and other special tokens inside a text are spelled out as ordinary text, so untrusted text
+        cannot end a document; with `allow_special` they become their own ids. No id is added at either end.
         """
         backend = self._special_backend if allow_special else self._backend
         try:
             return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-        except TypeError as error:
-            bad = next((text for text in texts if not _is_unicode(text)), None)
+        except TypeError as error:  # how the Rust library reports a surrogate
+            bad = next((text for text in texts if isinstance(text, str) and not _is_unicode(text)), None)
             if bad is None:
                 raise
             raise InputError(f"text {_excerpt(bad)} is not valid Unicode text; remove lone surrogates") from error
@@ -178,7 +178,9 @@ def _gpt2(vocab: Path, merges: Path) -> hf.Tokenizer:
     backend = hf.Tokenizer(hf.models.BPE.from_file(str(vocab), str(merges)))
     backend.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = hf.decoders.ByteLevel()
-    backend.add_special_tokens([hf.AddedToken(END_OF_TEXT, special=True)])
+    # Adding a token that the files lack would give it a new id, which no model of this vocabulary knows.
+    if backend.token_to_id(END_OF_TEXT) is not None:
+        backend.add_special_tokens([hf.AddedToken(END_OF_TEXT, special=True)])
     return backend
 
 
@@ -199,7 +201,7 @@ def _token_bytes(backend: hf.Tokenizer) -> list[bytes]:
     byte_of = _byte_of_character()
     missing = sum(character not in vocabulary for character in byte_of)
     if missing:
-        raise InputError(f"not a complete byte-level vocabulary ({missing} of 256 bytes have no token); use a BPE with all")
+        raise InputError(f"{missing} of the 256 bytes have no token; use a complete byte-level BPE")
     by_id: dict[int, bytes] = {}
     for token, index in vocabulary.items():
         if token in added:
