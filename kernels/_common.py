@@ -20,10 +20,10 @@ def row_settings(n_cols: int, longest: int = MAX_ROW_IN_REGISTERS) -> tuple[int,
     if n_cols <= 0:
         raise ValueError(f"row_settings: n_cols is {n_cols}; a row must hold at least one element")
     if n_cols > longest:
-        return 1, min(longest, 8192), 8
+        return 1, min(longest, 8192), 16
     block = max(16, triton.next_power_of_2(n_cols))
     rows = max(1, min(16, 2048 // block))
-    warps = min(16, max(2, rows * block // 512))
+    warps = 32 if block > 16384 else min(16, max(2, rows * block // 512))
     return rows, block, warps
 
 
@@ -31,6 +31,11 @@ def as_rows(x: Tensor) -> Tensor:
     """x as (rows, N) with unit stride in a row: a view where its strides allow, else a copy."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def architecture() -> int:
+    """Compute capability of the current device, as 90 for 9.0; 80 in the CPU interpreter."""
+    return 80 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().arch
 
 
 @functools.cache

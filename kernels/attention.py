@@ -3,7 +3,7 @@
 Scores are never stored: a program holds a tile of queries and walks the keys with a running maximum and sum. The
 backward pass recomputes them in two kernels, one over key tiles for dk and dv and one over query tiles for dq, so that
 every sum has a fixed order and no atomics are needed (bitwise repeatable). Tensors are (B, T, H, D) with any strides in
-B, T and H. Softmax is in base 2 with fp32 statistics; products take the tensors' dtype and accumulate in fp32.
+B, T and H. Softmax is in base 2 with fp32 lse; products take the tensors' dtype and accumulate in fp32.
 Not supported: head dimensions above 256, float64, dense masks, dropout.
 """
 
@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ._common import architecture
 
 MAX_HEAD_DIM = 256
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -42,15 +44,14 @@ def _tiles(q: Tensor, direction: str) -> Tiles:
     head_dim = triton.next_power_of_2(q.shape[3])
     if q.dtype == torch.float32:
         return Tiles(64, 32, 4, 1) if head_dim <= 64 else Tiles(32, 32 if head_dim <= 128 else 16, 4, 1)
-    hopper = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] >= 9
-    table = _HOPPER if hopper else _AMPERE
+    table = _HOPPER if architecture() in (90, 100, 103) else _AMPERE
     return table[direction][64 if head_dim <= 64 else 128 if head_dim <= 128 else 256]
 
 
 _HOPPER = {
-    "fwd": {64: Tiles(128, 128, 8, 2), 128: Tiles(128, 128, 8, 2), 256: Tiles(128, 64, 8, 2)},
-    "dkdv": {64: Tiles(64, 128, 4, 2), 128: Tiles(64, 128, 8, 2), 256: Tiles(32, 64, 8, 1)},
-    "dq": {64: Tiles(128, 64, 4, 2), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 32, 8, 1)},
+    "fwd": {64: Tiles(128, 128, 8, 2), 128: Tiles(128, 64, 8, 3), 256: Tiles(128, 64, 8, 2)},
+    "dkdv": {64: Tiles(64, 128, 8, 2), 128: Tiles(64, 128, 8, 2), 256: Tiles(32, 64, 8, 1)},
+    "dq": {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 32, 8, 1)},
 }
 _AMPERE = {
     "fwd": {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 32, 4, 3), 256: Tiles(64, 32, 4, 2)},
@@ -79,15 +80,6 @@ def _store_tile(X, base, first, stride, limit, x, N: tl.constexpr, D: tl.constex
 
 
 @triton.jit
-def _probability(s, m, log2_sum, scale2, EXACT: tl.constexpr):
-    """2^((s - m) * scale2 - log2_sum), for unscaled scores s with row maxima m. EXACT, for float32, subtracts the
-    maximum first; otherwise all but s is one number a row, and a single multiply-add remains."""
-    if EXACT:
-        return tl.exp2((s - m) * scale2 - log2_sum)
-    return tl.exp2(s * scale2 - (m * scale2 + log2_sum))
-
-
-@triton.jit
 def _fwd_keys(
     acc, m, total, q, K, V, k_base, v_base, k_stride, v_stride, m0, begin, end, n_keys, offset, scale2,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr,
@@ -107,7 +99,10 @@ def _fwd_keys(
         m_new = tl.maximum(m, tl.max(s, 1))
         # A row that has seen no key yet has maximum -inf; subtracting 0 instead keeps its exponentials 0, not NaN.
         base = tl.where(m_new == -float("inf"), 0.0, m_new) if MASKED else m_new
-        p = _probability(s, base[:, None], 0.0, scale2, q.dtype == tl.float32)
+        if q.dtype == tl.float32:  # subtract first, which is exact; else all but s is one number a row: one multiply-add
+            p = tl.exp2((s - base[:, None]) * scale2)
+        else:
+            p = tl.exp2(s * scale2 - (base * scale2)[:, None])
         alpha = tl.exp2((m - base) * scale2)
         total = total * alpha + tl.sum(p, 1)
         v = _tile(V, v_base, n0, v_stride, n_keys, BLOCK_N, D, BLOCK_D)
@@ -118,11 +113,11 @@ def _fwd_keys(
 
 @triton.jit(do_not_specialize=SIZES)
 def _attention_fwd_kernel(
-    Q, K, V, Out, Max, Log2Sum, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, o_sb, o_st, o_sh,
+    Q, K, V, Out, Lse, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, o_sb, o_st, o_sh,
     heads, group, n_queries, n_keys, scale,
     CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Q, Out: (B, n_queries, heads, D); K, V: (B, n_keys, heads / group, D); Max, Log2Sum: (B, heads, n_queries) fp32.
+    """Q, Out: (B, n_queries, heads, D); K, V: (B, n_keys, heads / group, D); Lse: (B, heads, n_queries) fp32.
 
     One program per query tile and head. Causal tiles are started longest first.
     """
@@ -158,8 +153,7 @@ def _attention_fwd_kernel(
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     _store_tile(Out, b * o_sb + h * o_sh, m0, o_st, n_queries, out, BLOCK_M, D, BLOCK_D)
     row = m0 + tl.arange(0, BLOCK_M)
-    tl.store(Max + bh * n_queries + row, m, mask=row < n_queries)
-    tl.store(Log2Sum + bh * n_queries + row, tl.log2(total), mask=row < n_queries)
+    tl.store(Lse + bh * n_queries + row, m * scale + tl.log(total), mask=row < n_queries)
 
 
 @triton.jit(do_not_specialize=SIZES[:3:2])
@@ -179,34 +173,37 @@ def _attention_delta_kernel(
 
 
 @triton.jit
-def _row_statistics(Max, Log2Sum, row, n_queries):
-    """The forward's row maxima and log2 sums; 0 and +inf, so that all probabilities are 0, for a row that is not there
-    or saw no key."""
-    m = tl.load(Max + row, mask=row < n_queries, other=-float("inf"))
-    log2_sum = tl.load(Log2Sum + row, mask=row < n_queries, other=0.0)
-    return tl.where(m == -float("inf"), 0.0, m), tl.where(m == -float("inf"), float("inf"), log2_sum)
+def _log2_sum(Lse, row, n_queries):
+    """The forward's log-sum-exp in base 2; +inf, so that all probabilities are 0, for a row that is not there or saw no
+    key (-inf)."""
+    lse = tl.load(Lse + row, mask=row < n_queries, other=-float("inf"))
+    return tl.where(lse == -float("inf"), float("inf"), lse * LOG2E)
 
 
 @triton.jit
 def _dkdv_queries(
-    dk, dv, k, v, Q, DOut, Max, Log2Sum, Delta, q_base, do_base, q_stride, do_stride, n0, begin, end,
-    n_queries, offset, scale,
+    dk, dv, k, v, Q, DOut, Lse, Delta, q_base, do_base, q_st, q_sh, do_st, do_sh, n0, first_tile, n_tiles, group,
+    n_queries, offset, scale2,
     MASKED: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Add the query tiles in [begin, end) to dk and dv. Scores are computed transposed, keys by queries."""
+    """Add `n_tiles` query tiles of each of `group` heads to dk and dv. Scores are computed transposed, keys by queries.
+
+    One loop over heads and tiles: two nested ones cost 60 registers a thread.
+    """
     key = n0 + tl.arange(0, BLOCK_N)[:, None]
-    for m0 in range(begin, end, BLOCK_M):
+    for i in range(0, group * n_tiles):
+        head = tl.zeros([], tl.int64) + i // n_tiles
+        m0 = (first_tile + i % n_tiles) * BLOCK_M
         row = m0 + tl.arange(0, BLOCK_M)
-        q = _tile(Q, q_base, m0, q_stride, n_queries, BLOCK_M, D, BLOCK_D)
-        m, log2_sum = _row_statistics(Max, Log2Sum, row, n_queries)
+        q = _tile(Q, q_base + head * q_sh, m0, q_st, n_queries, BLOCK_M, D, BLOCK_D)
         s = tl.dot(k, tl.trans(q), input_precision="ieee")
-        p = _probability(s, m[None, :], log2_sum[None, :], scale * LOG2E, q.dtype == tl.float32)
+        p = tl.exp2(s * scale2 - _log2_sum(Lse + head * n_queries, row, n_queries)[None, :])
         if MASKED:
             p = tl.where(key <= row[None, :] + offset, p, 0.0)
-        dout = _tile(DOut, do_base, m0, do_stride, n_queries, BLOCK_M, D, BLOCK_D)
+        dout = _tile(DOut, do_base + head * do_sh, m0, do_st, n_queries, BLOCK_M, D, BLOCK_D)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
         dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
-        delta = tl.load(Delta + row, mask=row < n_queries, other=0.0)
+        delta = tl.load(Delta + head * n_queries + row, mask=row < n_queries, other=0.0)
         ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
@@ -214,13 +211,13 @@ def _dkdv_queries(
 
 @triton.jit(do_not_specialize=SIZES)
 def _attention_dkdv_kernel(
-    Q, K, V, DOut, DK, DV, Max, Log2Sum, Delta, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
+    Q, K, V, DOut, DK, DV, Lse, Delta, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
     do_sb, do_st, do_sh, dk_sb, dk_st, dk_sh, heads, group, n_queries, n_keys, scale,
     CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dv = p^T dout and dk = ds^T q * scale for one key tile of one key head, summed over its group of query heads.
 
-    DK, DV share strides. p = exp((s - max) * scale) / sum, ds = p * (dout v^T - delta).
+    DK, DV share strides. p = exp(s * scale - lse), ds = p * (dout v^T - delta).
     """
     n_tiles = tl.cdiv(n_keys, BLOCK_N)
     n0 = (tl.program_id(0) % n_tiles) * BLOCK_N
@@ -232,26 +229,23 @@ def _attention_dkdv_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     offset = n_keys - n_queries
-    # Queries before `begin` see no key of the tile, those in [begin, full) some, and those from full on all of them.
-    begin = 0
+    h = kv_head * group
+    q_base, do_base, rows = b * q_sb + h * q_sh, b * do_sb + h * do_sh, (b * heads + h) * n_queries
+    # Query tiles before `first` see no key of the tile, those in [first, full) some, and those from full on all of them.
+    first = 0
     full = 0
+    end = tl.cdiv(n_queries, BLOCK_M)
     if CAUSAL:
-        begin = tl.maximum(n0 - offset, 0) // BLOCK_M * BLOCK_M
-        full = tl.minimum(tl.cdiv(tl.maximum(n0 + BLOCK_N - 1 - offset, 0), BLOCK_M) * BLOCK_M, n_queries)
-        full = tl.maximum(full, begin)
-    for head in range(0, group):
-        h = kv_head * group + head
-        q_base, do_base = b * q_sb + h * q_sh, b * do_sb + h * do_sh
-        rows = (b * heads + h) * n_queries
-        if CAUSAL:
-            dk, dv = _dkdv_queries(
-                dk, dv, k, v, Q, DOut, Max + rows, Log2Sum + rows, Delta + rows, q_base, do_base, q_st, do_st,
-                n0, begin, full, n_queries, offset, scale, True, D, BLOCK_M, BLOCK_N, BLOCK_D,
-            )  # fmt: skip
+        first = tl.minimum(tl.maximum(n0 - offset, 0) // BLOCK_M, end)
+        full = tl.maximum(tl.minimum(tl.cdiv(tl.maximum(n0 + BLOCK_N - 1 - offset, 0), BLOCK_M), end), first)
         dk, dv = _dkdv_queries(
-            dk, dv, k, v, Q, DOut, Max + rows, Log2Sum + rows, Delta + rows, q_base, do_base, q_st, do_st,
-            n0, full, n_queries, n_queries, offset, scale, False, D, BLOCK_M, BLOCK_N, BLOCK_D,
+            dk, dv, k, v, Q, DOut, Lse + rows, Delta + rows, q_base, do_base, q_st, q_sh, do_st, do_sh,
+            n0, first, full - first, group, n_queries, offset, scale * LOG2E, True, D, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
+    dk, dv = _dkdv_queries(
+        dk, dv, k, v, Q, DOut, Lse + rows, Delta + rows, q_base, do_base, q_st, q_sh, do_st, do_sh,
+        n0, full, end - full, group, n_queries, offset, scale * LOG2E, False, D, BLOCK_M, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
     base = b * dk_sb + kv_head * dk_sh
     _store_tile(DK, base, n0, dk_st, n_keys, dk * scale, BLOCK_N, D, BLOCK_D)
     _store_tile(DV, base, n0, dk_st, n_keys, dv, BLOCK_N, D, BLOCK_D)
@@ -259,7 +253,7 @@ def _attention_dkdv_kernel(
 
 @triton.jit
 def _dq_keys(
-    dq, q, dout, row_max, log2_sum, delta, K, V, k_base, v_base, k_stride, v_stride,
+    dq, q, dout, log2_sum, delta, K, V, k_base, v_base, k_stride, v_stride,
     m0, begin, end, n_keys, offset, scale2,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -270,7 +264,7 @@ def _dq_keys(
         k = _tile(K, k_base, n0, k_stride, n_keys, BLOCK_N, D, BLOCK_D)
         v = _tile(V, v_base, n0, v_stride, n_keys, BLOCK_N, D, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        p = _probability(s, row_max[:, None], log2_sum[:, None], scale2, q.dtype == tl.float32)
+        p = tl.exp2(s * scale2 - log2_sum[:, None])
         if MASKED:
             col = n0 + tl.arange(0, BLOCK_N)[None, :]
             visible = col < n_keys
@@ -284,7 +278,7 @@ def _dq_keys(
 
 @triton.jit(do_not_specialize=SIZES)
 def _attention_dq_kernel(
-    Q, K, V, DOut, DQ, Max, Log2Sum, Delta, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, do_sb, do_st, do_sh,
+    Q, K, V, DOut, DQ, Lse, Delta, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, do_sb, do_st, do_sh,
     dq_sb, dq_st, dq_sh, heads, group, n_queries, n_keys, scale,
     CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -301,7 +295,7 @@ def _attention_dq_kernel(
     q = _tile(Q, b * q_sb + h * q_sh, m0, q_st, n_queries, BLOCK_M, D, BLOCK_D)
     dout = _tile(DOut, b * do_sb + h * do_sh, m0, do_st, n_queries, BLOCK_M, D, BLOCK_D)
     row = m0 + tl.arange(0, BLOCK_M)
-    row_max, log2_sum = _row_statistics(Max + bh * n_queries, Log2Sum + bh * n_queries, row, n_queries)
+    log2_sum = _log2_sum(Lse + bh * n_queries, row, n_queries)
     delta = tl.load(Delta + bh * n_queries + row, mask=row < n_queries, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     end = n_keys
@@ -311,12 +305,12 @@ def _attention_dq_kernel(
         full = tl.minimum(n_keys, tl.maximum(m0 + 1 + offset, 0))
     full = full // BLOCK_N * BLOCK_N
     dq = _dq_keys(
-        dq, q, dout, row_max, log2_sum, delta, K, V, k_base, v_base, k_st, v_st,
+        dq, q, dout, log2_sum, delta, K, V, k_base, v_base, k_st, v_st,
         m0, 0, full, n_keys, offset, scale * LOG2E,
         False, CAUSAL, D, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     dq = _dq_keys(
-        dq, q, dout, row_max, log2_sum, delta, K, V, k_base, v_base, k_st, v_st,
+        dq, q, dout, log2_sum, delta, K, V, k_base, v_base, k_st, v_st,
         m0, full, end, n_keys, offset, scale * LOG2E,
         True, CAUSAL, D, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
@@ -348,30 +342,26 @@ def _launch_options(tiles: Tiles, head_dim: int, causal: bool) -> dict[str, Any]
 
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """q: (B, Tq, H, D); k, v: (B, Tk, Hkv, D) -> out as q, contiguous; statistics (2, B, H, Tq) float32.
-
-    The statistics are each row's largest unscaled score and the log2 of its sum of exponentials relative to that:
-    kept apart, as their sum would round off what is left of a large score. lse = max * |scale| + log2_sum / log2(e).
-    """
+    """q: (B, Tq, H, D); k, v: (B, Tk, Hkv, D) -> out as q, contiguous; log-sum-exp of the scaled scores (B, H, Tq) float32."""
     q, scale = _positive_scale(q, scale)
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
     batch, n_queries, heads, head_dim = q.shape
     n_keys, group = k.shape[1], heads // k.shape[2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    statistics = torch.empty((2, batch, heads, n_queries), dtype=torch.float32, device=q.device)
+    lse = torch.empty((batch, heads, n_queries), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
-        return out, statistics
+        return out, lse
     tiles = _tiles(q, "fwd")
     grid = (triton.cdiv(n_queries, tiles.queries) * batch * heads,)
     _attention_fwd_kernel[grid](
-        q, k, v, out, *statistics, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        q, k, v, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         heads, group, n_queries, n_keys, scale, **_launch_options(tiles, head_dim, causal),
     )  # fmt: skip
-    return out, statistics
+    return out, lse
 
 
 def attention_bwd(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor, causal: bool, scale: float
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The forward's tensors and the gradient of `out` -> dq, dk, dv, contiguous."""
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
@@ -382,7 +372,7 @@ def attention_bwd(
     sign = math.copysign(1.0, scale) if scale else 0.0
     q, scale = _positive_scale(q, scale)
     dout, q, k, v = _unit_stride(dout), _unit_stride(q), _unit_stride(k), _unit_stride(v)
-    delta = torch.empty_like(statistics[0])
+    delta = torch.empty_like(lse)
     block_d = max(16, triton.next_power_of_2(head_dim))
     _attention_delta_kernel[(triton.cdiv(n_queries, 32) * batch * heads,)](
         dout, out, delta, *dout.stride()[:3], *out.stride()[:3], heads, n_queries,
@@ -392,12 +382,12 @@ def attention_bwd(
     sizes = (heads, heads // kv_heads, n_queries, n_keys, scale)
     tiles = _tiles(q, "dkdv")
     _attention_dkdv_kernel[(triton.cdiv(n_keys, tiles.keys) * batch * kv_heads,)](
-        q, k, v, dout, dk, dv, *statistics, delta, *inputs, *dk.stride()[:3], *sizes,
+        q, k, v, dout, dk, dv, lse, delta, *inputs, *dk.stride()[:3], *sizes,
         **_launch_options(tiles, head_dim, causal),
     )  # fmt: skip
     tiles = _tiles(q, "dq")
     _attention_dq_kernel[(triton.cdiv(n_queries, tiles.queries) * batch * heads,)](
-        q, k, v, dout, dq, *statistics, delta, *inputs, *dq.stride()[:3], *sizes,
+        q, k, v, dout, dq, lse, delta, *inputs, *dq.stride()[:3], *sizes,
         **_launch_options(tiles, head_dim, causal),
     )  # fmt: skip
     return dq if sign == 1.0 else dq * sign, dk, dv

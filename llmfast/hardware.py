@@ -20,8 +20,8 @@ _L40S = "https://resources.nvidia.com/en-us-l40s/l40s-datasheet-28413"
 _ADA = "https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf"
 _AMPERE = "https://www.nvidia.com/content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.pdf"
 
-# Name as CUDA gives it -> (dense bf16 FLOP/s with fp32 accumulation, memory bytes/s, source). Data sheets that give only
-# the rate with 2:4 sparsity are halved.
+# Name as CUDA gives it -> (dense bf16 FLOP/s with fp32 accumulation, memory bytes/s, source). Data sheets that give
+# only the rate with 2:4 sparsity are halved.
 PEAKS: dict[str, tuple[float, float, str]] = {
     "NVIDIA H200": (989e12, 4.8e12, _H200),
     "NVIDIA H100 80GB HBM3": (989e12, 3.35e12, _H100),

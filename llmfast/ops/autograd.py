@@ -48,9 +48,9 @@ class LayerNorm(torch.autograd.Function):
 class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernels: ModuleType, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
-        out, statistics = kernels.attention_fwd(q, k, v, causal, scale)
+        out, lse = kernels.attention_fwd(q, k, v, causal, scale)
         ctx.kernels, ctx.causal, ctx.scale = kernels, causal, scale
-        ctx.save_for_backward(q, k, v, out, statistics)
+        ctx.save_for_backward(q, k, v, out, lse)
         return out
 
     @staticmethod

@@ -1,0 +1,45 @@
+"""What `llmfast train` does when it is not told: one row for each kind of device."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """The main job on one kind of device; `training` are fields of TrainConfig."""
+
+    preset: str
+    training: dict[str, Any]
+    eval_tokens: int
+    """Validation tokens that evaluations during training score; the last one scores all of them."""
+
+
+DEFAULTS = {
+    "cpu": Defaults(
+        preset="mini",
+        training={
+            "batch_size": 8,
+            "context": 256,
+            "max_steps": 2000,
+            "budget_seconds": 150.0,
+            "learning_rate": 2e-3,
+            "warmup_steps": 20,
+            "eval_every": 50,
+            "save_every": 50,
+        },
+        eval_tokens=8_192,
+    ),
+    "cuda": Defaults(
+        preset="small",
+        training={
+            "batch_size": 32,
+            "context": 1024,
+            "max_steps": 1500,
+            "learning_rate": 1e-3,
+            "warmup_steps": 100,
+            "eval_every": 100,
+            "save_every": 250,
+        },
+        eval_tokens=131_072,
+    ),
+}

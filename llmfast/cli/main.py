@@ -1,0 +1,81 @@
+"""The `llmfast` command: a table of commands, each imported when it runs, and errors as one line."""
+
+import importlib
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from .. import __version__
+from ..errors import LLMFastError
+
+# Name -> (function, what it does).
+COMMANDS = {
+    "train": ("llmfast.cli.train:train", "Train a model; with no arguments, the main job on Python's own source."),
+    "generate": ("llmfast.cli.generate:generate", "Continue a text with a trained model."),
+    "data": ("llmfast.cli.data:data", "Prepare a text for training: tokenizer, token shards and manifest."),
+    "tokenizer": ("llmfast.cli.tokenizer:tokenizer", "Train a tokenizer, or encode and decode with one."),
+    "bench": ("llmfast.cli.bench:bench", "Time an op on every backend against the reference."),
+    "doctor": ("llmfast.cli.doctor:doctor", "Show the device, versions, and which backend runs each op and why."),
+}
+
+
+class LazyGroup(TyperGroup):
+    """Commands of the table: listing them imports none, running one imports its module only."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return TyperCommand(cmd_name, help=COMMANDS[cmd_name][1]) if cmd_name in COMMANDS else None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command and _load(COMMANDS[args[0]][0], args[0]), rest
+
+
+def _load(target: str, name: str) -> Any:
+    module, function = target.split(":")
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    single.command(name)(getattr(importlib.import_module(module), function))
+    return typer.main.get_command(single)
+
+
+app = typer.Typer(cls=LazyGroup, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"llmfast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _llmfast(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """A GPT engine: train, generate and measure."""
+
+
+def main() -> None:
+    """Run the command line. Errors of the caller's making are one line on stderr and exit status 2."""
+    try:
+        app()
+    except LLMFastError as error:
+        _fail(str(error))
+    except OSError as error:
+        if error.filename is None:  # not about a file that the caller named
+            raise
+        _fail(f"{error.filename}: {error.strerror}")
+
+
+def _fail(message: str) -> None:
+    print("llmfast: error:", " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

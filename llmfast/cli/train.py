@@ -1,0 +1,203 @@
+"""`llmfast train`: prepare the data, train, evaluate, and leave a run folder that explains itself."""
+
+import json
+import os
+import time
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .. import hardware, ops
+from ..data import Dataset, Manifest
+from ..errors import InputError
+from ..evals import Rung, bits_per_byte
+from ..models import GPT, preset
+from ..training import Result
+from ..training import train as run_loop
+from ..training.metrics import draw_loss, read_metrics
+from ..training.progress import Progress
+from .backends import explain_ops
+from .corpus import STDLIB, open_data, read_ladder
+from .defaults import DEFAULTS
+from .generate import stream
+from .plan import DTYPES, Plan, describe, make_plan
+from .runs import RUNS, load_model, newest_run, read_config
+
+
+def train(
+    data: Annotated[
+        str, typer.Option(help="A prepared data folder, stdlib, a text file, a .jsonl or a folder.")
+    ] = STDLIB,
+    preset: Annotated[str | None, typer.Option(help="The model; by default one that suits the device.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder; runs/<date-time>-<preset> by default.")] = None,
+    resume: Annotated[str | None, typer.Option(help="Continue this run; auto is the newest under runs/.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Updates of the weights.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Wall-clock time in which training ends.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences computed at once.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
+    accumulation: Annotated[int | None, typer.Option(help="Batches a step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="The highest learning rate.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, data order and dropout.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16, what the model computes in.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:<number>.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Kernel backend: auto, reference, triton.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail where auto would fall back to the reference.")] = False,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="The same bits each time.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would cost, and exit.")] = False,
+) -> None:
+    """Train a model; with no arguments, the main job on Python's own source."""
+    console, where = Console(), hardware.device(device)
+    if strict:
+        os.environ["LLMFAST_STRICT"] = "1"  # as if the user had set it: environment.py reads it
+    options = {
+        "max_steps": steps,
+        "budget_seconds": None if minutes is None else minutes * 60,
+        "batch_size": batch_size,
+        "context": context,
+        "accumulation": accumulation,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "deterministic": deterministic or None,
+    }
+    with ops.use_backend(backend or ops.current_backend()):
+        if resume is not None:
+            fixed = options | {"preset": preset, "out": out, "dtype": dtype, "data": None if data == STDLIB else data}
+            run_dir = _run_to_resume(resume, fixed)
+            plan = Plan.from_dict(read_config(run_dir), run_dir)
+            _run(plan, Dataset.open(plan.data), run_dir, True, where, console)
+            return
+        dtype = dtype or str(hardware.compute_dtype(where)).removeprefix("torch.")
+        if dry_run:
+            vocab_size = Manifest.load(Path(data)).vocab_size if Manifest.is_in(Path(data)) else None
+            print(describe(make_plan(where.type, preset, dtype, data, vocab_size, **options)))
+            return
+        make_plan(where.type, preset, dtype, data, None, **options)  # refuse bad options before preparing the data
+        dataset = open_data(data, _vocab_size(preset, where), console)
+        plan = make_plan(
+            where.type, preset, dtype, str(dataset.folder.resolve()), dataset.manifest.vocab_size, **options
+        )
+        dataset.batch("train", 0, 1, plan.training.context, 0)  # refuses a text shorter than a context
+        _run(plan, dataset, _new_folder(out, plan), False, where, console)
+
+
+def _vocab_size(name: str | None, device: torch.device) -> int:
+    return preset(name or DEFAULTS[device.type].preset).vocab_size
+
+
+def _run_to_resume(name: str, fixed: dict[str, Any]) -> Path:
+    given = [key for key, value in fixed.items() if value is not None]
+    if given:
+        raise InputError(f"--resume continues a run as it was configured; leave out: {', '.join(given)}")
+    return newest_run() if name == "auto" else Path(name)
+
+
+def _new_folder(out: Path | None, plan: Plan) -> Path:
+    """Make the run folder and put its configuration and tokenizer there."""
+    folder = out or RUNS / f"{datetime.now():%Y%m%d-%H%M%S}-{plan.preset}"
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: is not empty; give another --out, or --resume {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    Dataset.open(plan.data, verify=False).tokenizer.save(folder / "tokenizer.json")
+    _write_json(folder / "config.json", plan.to_dict())
+    return folder
+
+
+def _run(plan: Plan, data: Dataset, run_dir: Path, resume: bool, device: torch.device, console: Console) -> None:
+    """Train, and unless a signal stopped it, evaluate the best weights and show what they do."""
+    started, training, properties = time.perf_counter(), plan.training, hardware.describe(device)
+    torch.manual_seed(training.seed)
+    model = GPT(plan.model, DTYPES[plan.dtype]).to(device)
+    record: dict[str, Any] = {
+        "versions": hardware.versions(),
+        "device": asdict(properties),
+        "backend": ops.current_backend(),
+        "ops": explain_ops(plan.model, 1, training.context, device, DTYPES[plan.dtype]),
+    }
+    _write_json(run_dir / "record.json", record)
+    console.print(describe(plan), f"on {properties.name}, in {run_dir}", sep="\n", highlight=False, soft_wrap=True)
+
+    peak = properties.peak_flops if plan.dtype == "bfloat16" else None
+    try:
+        with Progress(console, training.max_steps, plan.model.flops_per_token(training.context), peak) as report:
+            result = run_loop(
+                model,
+                training,
+                lambda i: torch.from_numpy(
+                    data.batch("train", i, training.batch_size, training.context, training.seed)
+                ),
+                evaluate=lambda m: _evaluate(m, data, plan, plan.eval_tokens, training.context),
+                run_dir=run_dir,
+                resume=resume,
+                report=report,
+                corpus_hash=data.manifest.corpus_hash,
+            )
+    except torch.OutOfMemoryError as error:
+        remedy = "give a smaller --batch-size, and a larger --accumulation to make up for it"
+        raise InputError(f"{properties.name} ran out of memory; {remedy}") from error
+    if result.interrupted:
+        _write_json(run_dir / "record.json", record | {"result": asdict(result)})
+        draw_loss(read_metrics(run_dir / "metrics.jsonl"), [], run_dir / "loss.png")
+        console.print(
+            f"stopped after step {result.step}; resume with: llmfast train --resume {run_dir}", soft_wrap=True
+        )
+        return
+    record["result"] = asdict(result) | {"seconds": round(time.perf_counter() - started, 2)}
+    _finish(plan, data, run_dir, device, console, record, result)
+
+
+def _finish(
+    plan: Plan,
+    data: Dataset,
+    run_dir: Path,
+    device: torch.device,
+    console: Console,
+    record: dict[str, Any],
+    result: Result,
+) -> None:
+    """Score the best weights on the whole validation text beside the baselines, and let them write."""
+
+    def warn(message: str) -> None:
+        console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+    model, tokenizer = load_model(run_dir, device, DTYPES[plan.dtype], warn)
+    with console.status("scoring the validation text"):
+        bpb = _evaluate(model, data, plan, None, max(1, plan.training.context // 2))
+    record["result"]["val_bpb"] = bpb
+    _write_json(run_dir / "record.json", record)
+    rungs = read_ladder(data, console)
+    # The curve's points score only the first eval_tokens; this line is what compares with the others.
+    ladder = [*((rung.name, rung.bits_per_byte) for rung in rungs), ("model, whole text", bpb)]
+    draw_loss(read_metrics(run_dir / "metrics.jsonl"), ladder, run_dir / "loss.png")
+    name = f"{plan.preset}, {result.step:,} steps"
+    console.print(_ladder_table([*rungs, Rung(name, bpb, record["result"]["seconds"])], name))
+    console.print(f"loss curve: {run_dir / 'loss.png'}\n", highlight=False, soft_wrap=True)
+    stream(model, tokenizer, "def ", max_tokens=100)
+
+
+def _evaluate(model: GPT, data: Dataset, plan: Plan, n_tokens: int | None, stride: int) -> float:
+    """Bits per byte of the first `n_tokens` of the validation text, of all of it if None."""
+    tokenizer, tokens = data.tokenizer, data.tokens("val")[:n_tokens]
+    n_bytes = len(tokenizer.decode_bytes(tokens[tokens != tokenizer.eot_id]))
+    # Behind an end of text, so that the first token is scored too, as the baselines do.
+    tokens = np.concatenate(([tokenizer.eot_id], tokens))
+    return bits_per_byte(model, tokens, n_bytes, plan.training.context, stride, 2 * plan.training.batch_size)
+
+
+def _ladder_table(rungs: list[Rung], model: str) -> Table:
+    table = Table("", "bits/byte", "seconds", title="Validation text")
+    table.columns[1].justify = table.columns[2].justify = "right"
+    for rung in sorted(rungs, key=lambda rung: -rung.bits_per_byte):
+        style = "bold" if rung.name == model else None
+        table.add_row(rung.name, f"{rung.bits_per_byte:.3f}", f"{rung.seconds:.1f}", style=style)
+    return table
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

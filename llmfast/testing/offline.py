@@ -1,0 +1,130 @@
+"""Compile every Triton kernel for a GPU that is not here, and report registers, spills and shared memory.
+
+    python -m llmfast.testing.offline --arch 90
+
+The launchers run on CPU tensors with a driver that claims the architecture and compiles instead of launching, so that what
+is compiled is exactly what would be launched. Exits with status 1 if a kernel spills more than `--max-spill` bytes.
+"""
+
+import argparse
+import importlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+from .cases import BENCHMARK_CASES, AttentionCase, Case, RowCase, make_inputs
+
+
+class Compiled(NamedTuple):
+    """One compiled kernel: what it needs of a multiprocessor, and the local memory it spills registers to, in bytes."""
+
+    kernel: str
+    case: str
+    warps: int
+    registers: int
+    spill: int
+    shared: int
+
+
+# One small case per tile configuration: compilation depends on head dimension, causality and row length alone.
+CASES: list[Case] = [
+    *(RowCase(op, 2, cols) for op in ("softmax", "layer_norm") for cols in (64, 768, 4096, 16384, 32768, 65536)),
+    *(AttentionCase(1, 256, 256, 2, 1, d, causal) for d in (64, 128, 256) for causal in (False, True)),
+]
+
+
+@contextmanager
+def _compiling_for(arch: int) -> Iterator[list[tuple[str, Any]]]:
+    """Inside, Triton kernels compile for sm_<arch> and are collected with their names instead of being launched."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    driver = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", arch, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+    )
+    compiled: list[tuple[str, Any]] = []
+    launch = triton.JITFunction.run
+
+    def compile_only(self: Any, *args: Any, **options: Any) -> Any:
+        kernel = launch(self, *args, **(options | {"warmup": True}))
+        compiled.append((self.fn.__name__, kernel))
+        return kernel
+
+    with (
+        mock.patch.object(triton.runtime.driver, "_active", driver),
+        mock.patch.object(triton.JITFunction, "run", compile_only),
+    ):
+        yield compiled
+
+
+def _resources(cubin: bytes, arch: int) -> tuple[int, int]:
+    """Registers a thread, and bytes of stack (Triton's kernels use none but for spills), from cuobjdump."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text.stdout + text.stderr)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage for sm_{arch}: {text.stdout}{text.stderr}")
+    return int(found[1]), int(found[2])
+
+
+def compile_case(case: Case, dtype: torch.dtype, arch: int) -> list[Compiled]:
+    """Every kernel that the case's forward and backward would launch on sm_<arch>."""
+    tensors = [t.detach() for t in make_inputs(case, "cpu", dtype)]
+    module = importlib.import_module({"layer_norm": "llmfast.kernels.norm"}.get(case.op, f"llmfast.kernels.{case.op}"))
+    with _compiling_for(arch) as compiled:
+        if isinstance(case, AttentionCase):
+            out, lse = module.attention_fwd(*tensors, case.causal, 0.125)
+            module.attention_bwd(out, *tensors, out, lse, case.causal, 0.125)
+        elif case.op == "softmax":
+            module.softmax_bwd(tensors[0], module.softmax_fwd(tensors[0]))
+        else:
+            y, mean, rstd = module.layer_norm_fwd(*tensors, 1e-5)
+            module.layer_norm_bwd(y, tensors[0], tensors[1], mean, rstd, True)
+    label = f"{case.label} {str(dtype).removeprefix('torch.')}"
+    return [
+        Compiled(name, label, k.metadata.num_warps, *_resources(k.asm["cubin"], arch), k.metadata.shared)
+        for name, k in compiled
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", type=int, default=90, help="compute capability, as 80, 86, 89, 90, 100")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--max-spill", type=int, default=0, help="bytes of stack per thread that a kernel may use")
+    parser.add_argument("--op", choices=list(BENCHMARK_CASES), help="only this op")
+    options = parser.parse_args()
+    rows = [
+        row
+        for case in CASES
+        if options.op in (None, case.op)
+        for row in compile_case(case, getattr(torch, options.dtype), options.arch)
+    ]
+    for row in rows:
+        print(
+            f"{row.kernel:32} {row.case:34} warps {row.warps:2} registers {row.registers:3} spill {row.spill:4}"
+            f" shared {row.shared:6}"
+        )
+    spilled = [row for row in rows if row.spill > options.max_spill]
+    print(f"{len(rows)} kernels for sm_{options.arch}, {len(spilled)} spill more than {options.max_spill} bytes")
+    return 1 if spilled else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,282 @@
+"""The only training loop: accumulate, clip, update, measure, save, evaluate, and stop or resume at any step."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..errors import CheckpointError, InputError, LLMFastError
+from ..models import GPT
+from ..weights import latest, save
+from . import optim
+from .config import TrainConfig
+from .metrics import Evaluation, MetricsFile, Step
+
+IGNORED = -100  # in a batch: padding, neither read nor predicted
+STEPS_A_REPORT = 10  # losses stay on the device this long, or for a second, so that the host does not wait for it
+MAX_SKIPPED = 10  # updates in a row without a finite loss and gradient
+
+
+class Report(Protocol):
+    """Hears how training goes; `Progress` shows it."""
+
+    def step(self, step: Step, progress: float) -> None: ...
+    def evaluation(self, evaluation: Evaluation) -> None: ...
+    def message(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: steps done, tokens trained on, best validation bits per byte, stopped by a signal or not."""
+
+    step: int
+    tokens: int
+    best_bpb: float | None
+    interrupted: bool
+
+
+def train(
+    model: GPT,
+    config: TrainConfig,
+    batches: Callable[[int], Tensor],
+    *,
+    evaluate: Callable[[GPT], float] | None,
+    run_dir: Path,
+    resume: bool,
+    report: Report,
+    corpus_hash: str = "",
+) -> Result:
+    """Train `model` in place until max_steps, the end of the budget, SIGTERM or SIGINT (a second SIGINT interrupts).
+
+    `batches(i)` gives batch i, int64 (batch_size, context + 1) on the CPU, as a pure function of i: step n uses batches
+    n * accumulation and on. In it -100 is padding. `evaluate` gives validation bits per byte.
+
+    Writes `run_dir/metrics.jsonl`, `run_dir/checkpoints/step-N` and, after each evaluation that is the best so far, its
+    weights in `run_dir/best/step-N`. With `resume` the newest undamaged checkpoint is continued. A failed save or an
+    evaluation that runs out of memory is reported and training goes on. An update whose loss or gradient is not finite
+    is left out; ten in a row raise LLMFastError after a save.
+    """
+    config.check_fits(model.config.context_length)
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(config.deterministic or was_deterministic)
+    was_training = model.training
+    try:
+        run = _Run(model, config, batches, evaluate, run_dir, report, corpus_hash)
+        run.restore() if resume else torch.manual_seed(config.seed)
+        with _stop_on_signal() as stop:
+            return run.until(stop.is_set)
+    finally:
+        model.train(was_training)
+        torch.use_deterministic_algorithms(was_deterministic)
+
+
+class _Run:
+    """The state of a run between two steps."""
+
+    def __init__(
+        self,
+        model: GPT,
+        config: TrainConfig,
+        batches: Callable[[int], Tensor],
+        evaluate: Callable[[GPT], float] | None,
+        run_dir: Path,
+        report: Report,
+        corpus_hash: str,
+    ) -> None:
+        self.model, self.config, self.batches, self.evaluate = model, config, batches, evaluate
+        self.run_dir, self.report, self.corpus_hash = run_dir, report, corpus_hash
+        self.device = model.token_embedding.weight.device
+        self.optimizer = optim.make_optimizer(model, config)
+        self.metrics = MetricsFile(run_dir / "metrics.jsonl")
+        self.step, self.tokens, self.best_bpb = 0, 0, math.inf
+        self.skipped_in_a_row = 0
+        self.reported_tokens = 0
+        self.seconds_before = 0.0  # of the processes this one resumes
+        self.started = self.reported_at = time.perf_counter()
+        self.unreported: list[tuple[int, int, float, Tensor]] = []  # step, tokens, lr, [loss, grad norm] on the device
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.started
+
+    @property
+    def progress(self) -> float:
+        """The share of the schedule that is done; 1 is the end."""
+        by_step = self.step / self.config.max_steps
+        budget = self.config.budget_seconds
+        return min(1.0, by_step if budget is None else max(by_step, self.seconds / budget))
+
+    def until(self, stopped: Callable[[], bool]) -> Result:
+        first = self.step
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.metrics.rewind(first)
+        self.reported_tokens = self.tokens
+        while True:
+            finished, interrupted = self.progress >= 1.0, stopped()
+            ends = finished or interrupted
+            if self.step > first and (ends or self.step % self.config.save_every == 0):
+                self.save()  # before the evaluation, which may fail
+            if self.step > 0 and not interrupted and (finished or self.step % self.config.eval_every == 0):
+                self.measure()
+            if ends:
+                best = None if math.isinf(self.best_bpb) else self.best_bpb
+                return Result(self.step, self.tokens, best, interrupted and not finished)
+            self.update()
+            if len(self.unreported) >= STEPS_A_REPORT or time.perf_counter() - self.reported_at > 1.0:
+                self.report_steps()
+                if self.skipped_in_a_row >= MAX_SKIPPED:
+                    self.save()
+                    raise LLMFastError(
+                        f"{self.skipped_in_a_row} steps in a row up to step {self.step} had a loss or gradient that is"
+                        " not finite; the weights before them are saved, lower the learning rate or check the data"
+                    )
+
+    def update(self) -> None:
+        """One step: gradients of all its batches, and the update of the weights unless they are not finite."""
+        config, rate = self.config, optim.learning_rate(self.config, self.step, self.progress)
+        self.model.train()
+        batches = [self.batches(self.step * config.accumulation + i) for i in range(config.accumulation)]
+        valid = [int((batch[:, 1:] != IGNORED).sum()) for batch in batches]
+        loss = torch.zeros((), device=self.device)
+        for batch, count in zip(batches, valid, strict=True):
+            if self.device.type == "cuda":
+                batch = batch.pin_memory().to(self.device, non_blocking=True)
+            # Means weighted by their tokens: the mean over the whole step, however padding is spread over its batches.
+            part = self.model.loss(batch[:, :-1].clamp_min(0), batch[:, 1:]) * (count / max(1, sum(valid)))
+            part.backward()
+            loss += part.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+        optim.step(self.optimizer, rate, finite=torch.isfinite(loss) & torch.isfinite(norm))
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.tokens += sum(valid)
+        self.unreported.append((self.step, self.tokens, rate, torch.stack((loss, norm))))
+
+    def report_steps(self) -> None:
+        """Fetch the losses of the steps since the last call, and write and report them."""
+        if not self.unreported:
+            return
+        values = torch.stack([row[3] for row in self.unreported]).tolist()  # the host waits for the device here
+        now = time.perf_counter()
+        tok_s = (self.tokens - self.reported_tokens) / (now - self.reported_at)
+        steps = []
+        for (step, tokens, rate, _), (loss, norm) in zip(self.unreported, values, strict=True):
+            skipped = not (math.isfinite(loss) and math.isfinite(norm))
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+            steps.append(Step(step, tokens, loss, rate, norm, tok_s, self.seconds, skipped))
+            if skipped:
+                self.report.message(f"step {step} skipped: loss {loss}, gradient norm {norm}")
+        self.unreported, self.reported_at, self.reported_tokens = [], now, self.tokens
+        self.write(*steps)
+        self.report.step(steps[-1], self.progress)
+
+    def measure(self) -> None:
+        """Evaluate, and keep the weights if they are the best so far."""
+        if self.evaluate is None:
+            return
+        self.report_steps()
+        try:
+            bpb = self.evaluate(self.model)
+        except torch.OutOfMemoryError as error:
+            self.report.message(f"evaluation at step {self.step} ran out of memory, training goes on: {_line(error)}")
+        else:
+            evaluation = Evaluation(self.step, self.tokens, bpb, self.seconds)
+            self.write(evaluation)
+            self.report.evaluation(evaluation)
+            if bpb < self.best_bpb and self.try_save("best", {"model": self.model.state_dict()}, {"val_bpb": bpb}):
+                self.best_bpb = bpb
+        self.reported_at = time.perf_counter()
+
+    def save(self) -> None:
+        """Write everything that the next step depends on."""
+        self.report_steps()
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        tensors = {
+            "model": self.model.state_dict(),
+            "optimizer": optim.state_tensors(self.model, self.optimizer),
+            "rng": rng,
+        }
+        self.try_save("checkpoints", tensors, {"tokens": self.tokens, "seconds": self.seconds})
+        self.reported_at = time.perf_counter()
+
+    def try_save(self, kind: str, tensors: dict[str, dict[str, Tensor]], values: dict[str, Any]) -> bool:
+        state = values | {
+            "step": self.step,
+            "model": self.model.config.to_dict(),
+            "training": self.config.to_dict(),
+            "corpus_hash": self.corpus_hash,
+            "versions": {"llmfast": __version__, "torch": torch.__version__},
+        }
+        try:
+            save(self.run_dir / kind, self.step, tensors, state)
+        except CheckpointError as error:
+            self.report.message(f"training goes on without a checkpoint of step {self.step}: {error}")
+            return False
+        return True
+
+    def write(self, *records: Step | Evaluation) -> None:
+        try:
+            self.metrics.append(records)
+        except OSError as error:
+            self.report.message(f"training goes on without metrics of step {self.step}: {error}")
+
+    def restore(self) -> None:
+        """Continue the newest undamaged checkpoint."""
+        checkpoint = latest(self.run_dir / "checkpoints", self.report.message)
+        for what, saved, given in (
+            ("model", checkpoint.state["model"], self.model.config.to_dict()),
+            ("corpus", checkpoint.state["corpus_hash"], self.corpus_hash),
+        ):
+            if saved != given:
+                raise InputError(f"{checkpoint.path}: was trained with another {what}; resume with that one")
+        self.model.load_state_dict(checkpoint.tensors("model"))
+        optim.load_state_tensors(self.model, self.optimizer, checkpoint.tensors("optimizer"))
+        rng = checkpoint.tensors("rng")
+        torch.set_rng_state(rng["cpu"])
+        if self.device.type == "cuda" and "cuda" in rng:
+            torch.cuda.set_rng_state(rng["cuda"], self.device)
+        self.step, self.tokens = checkpoint.step, checkpoint.state["tokens"]
+        self.seconds_before = checkpoint.state["seconds"]
+        if (self.run_dir / "best").is_dir():
+            try:
+                self.best_bpb = latest(self.run_dir / "best", self.report.message).state["val_bpb"]
+            except CheckpointError as error:
+                self.report.message(f"the best weights so far are lost, later ones will be kept: {error}")
+        self.report.message(f"resumed {checkpoint.path}")
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[threading.Event]:
+    """An event that SIGTERM and the first SIGINT set. Signals can be handled in the main thread only."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def handle(number: int, frame: object) -> None:
+        stop.set()
+        signal.signal(number, previous[signal.Signals(number)])  # the second one acts as it would without us
+
+    try:
+        for number in previous:
+            signal.signal(number, handle)
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _line(error: Exception) -> str:
+    return str(error).split("\n")[0]

@@ -1,0 +1,150 @@
+"""What a run measured: a JSON line for every step and evaluation, and the loss curve drawn from them."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ..errors import InputError
+
+
+@dataclass(frozen=True)
+class Step:
+    """After `step` updates, of which this was the last.
+
+    `tokens` trained on so far, training `loss` in nats a token, `lr` the learning rate, `grad_norm` before clipping,
+    `tok_s` tokens a second since the previous measurement, `seconds` of the run so far. `skipped`: loss or norm was not
+    finite (and is null in the file), and the update was left out.
+    """
+
+    step: int
+    tokens: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tok_s: float
+    seconds: float
+    skipped: bool
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Validation bits per byte of the weights after `step` updates."""
+
+    step: int
+    tokens: int
+    val_bpb: float
+    seconds: float
+
+
+class MetricsFile:
+    """Records in a file of JSON lines."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def rewind(self, step: int) -> None:
+        """Cut off what is later than `step`, whose own evaluation goes too: a run that starts there does it again."""
+        if not self.path.exists():
+            return
+        records = read_metrics(self.path)
+        kept = [r for r in records if r["step"] < step or (r["step"] == step and "val_bpb" not in r)]
+        temporary = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+    def append(self, records: Sequence[Step | Evaluation]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            for record in records:
+                values = {
+                    k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(record).items()
+                }
+                file.write(json.dumps(values) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSONL file, in order. A last line cut short by a killed process is left out."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    records = []
+    for number, line in enumerate(lines[:-1], start=1):  # a complete line ends in a newline
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            raise InputError(f"{path}: line {number} is not JSON; delete the line") from None
+    return records
+
+
+def draw_loss(records: Sequence[dict[str, Any]], ladder: Sequence[tuple[str, float]], path: Path) -> None:
+    """Draw training loss and validation bits per byte against tokens as a PNG.
+
+    ladder: (name, bits per byte) of what the model is compared with, drawn as horizontal lines.
+    """
+    steps = [r for r in records if r.get("loss") is not None]
+    evaluations = [r for r in records if r.get("val_bpb") is not None]
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    train, validation = figure.subplots(1, 2)
+    train.set(title="Training", xlabel="tokens", ylabel="loss (nats per token)")
+    if steps:
+        tokens, loss = (np.array([r[key] for r in steps], dtype=float) for key in ("tokens", "loss"))
+        train.plot(tokens, loss, color="C0", alpha=0.25, linewidth=0.8, label="each step")
+        train.plot(tokens, _smooth(loss), color="C0", linewidth=1.8, label="smoothed")
+        train.legend(frameon=False)
+    validation.set(title="Validation", xlabel="tokens", ylabel="bits per byte")
+    if evaluations:
+        points = [(r["tokens"], r["val_bpb"]) for r in evaluations]
+        validation.plot(
+            *zip(*points, strict=True), color="C3", marker="o", markersize=3.5, linewidth=1.8, label="model"
+        )
+        offset = {"xytext": (0, 7), "textcoords": "offset points"}
+        validation.annotate(f"{points[-1][1]:.3f}", points[-1], color="C3", ha="center", weight="bold", **offset)
+    _draw_ladder(validation, ladder, [r["val_bpb"] for r in evaluations])
+    for axes in (train, validation):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.ticklabel_format(axis="x", style="sci", scilimits=(-3, 4), useMathText=True)
+    figure.savefig(path, dpi=130)
+
+
+def _draw_ladder(axes: Any, ladder: Sequence[tuple[str, float]], model: Sequence[float]) -> None:
+    """Horizontal lines named at the right margin, names that would touch pushed apart."""
+    values = [value for _, value in ladder] + list(model)
+    if not values:
+        return
+    low, high = min(values), max(values)
+    margin = 0.06 * (high - low) or 0.1
+    axes.set_ylim(low - margin, high + margin)
+    gap = 0.055 * (high - low + 2 * margin)
+    label_height = -math.inf
+    for name, value in sorted(ladder, key=lambda rung: rung[1]):
+        axes.axhline(value, color="0.45", linewidth=0.9, linestyle="--")
+        label_height = max(value, label_height + gap)
+        axes.annotate(
+            f"{name} {value:.2f}",
+            xy=(1.0, value),
+            xytext=(1.03, label_height),
+            xycoords=("axes fraction", "data"),
+            textcoords=("axes fraction", "data"),
+            fontsize=8,
+            color="0.3",
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": "0.7", "linewidth": 0.6},
+            annotation_clip=False,
+        )
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Exponential moving average over about a fiftieth of the curve, unbiased at its start as in Adam."""
+    decay = 1.0 - 1.0 / max(1.0, len(values) / 50)
+    smooth, average = np.empty_like(values), 0.0
+    for i, value in enumerate(values):
+        average = decay * average + (1.0 - decay) * value
+        smooth[i] = average / (1.0 - decay ** (i + 1))
+    return smooth

@@ -1,0 +1,273 @@
+"""The command line end to end on a small text, and what it says when it is given something wrong."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmfast import __version__
+from llmfast.cli.main import COMMANDS, main
+from llmfast.training.metrics import read_metrics
+
+Cli = Callable[..., tuple[int, str, str]]
+
+TRAIN = ("--preset", "tiny", "--device", "cpu", "--context", "32", "--batch-size", "4")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    patch = pytest.MonkeyPatch()
+    patch.setenv("LLMFAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 kB of words, repeated often enough to be learned from."""
+    words = [f"w{n}" for n in range(200)]
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    generator = random.Random(0)
+    path.write_text("\n".join(" ".join(generator.choices(words, k=8)) for _ in range(1300)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from llmfast.data import prepare
+
+    folder = tmp_path_factory.mktemp("data") / "words"
+    prepare(str(text), folder, vocab_size=512)
+    return folder
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
+    """Run `llmfast` in this process: (exit code, stdout, stderr)."""
+
+    def run(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["llmfast", *map(str, args)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capfd.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return run
+
+
+def process(*args: object, cwd: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "llmfast.cli.main", *map(str, args)]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ladder(out: str) -> dict[str, float]:
+    rows = [line.strip("│").split("│") for line in out.splitlines() if line.startswith("│")]
+    return {name.strip(): float(bits) for name, bits, _ in rows}
+
+
+def test_main_job_in_small_then_generate(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = cli("train", "--data", text, "--preset", "tiny", "--device", "cpu", "--steps", 20)
+    assert (code, err) == (0, "")
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.endswith("-tiny")
+    names = {p.name for p in run.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "loss.png", "checkpoints", "best", "record.json", "tokenizer.json"}
+    assert len([r for r in read_metrics(run / "metrics.jsonl") if "loss" in r]) == 20
+    record = json.loads((run / "record.json").read_text())
+    assert record["versions"]["torch"] == torch.__version__
+    assert "attention: reference" in record["ops"]["attention"]
+    rows = ladder(out)
+    assert rows["tiny, 20 steps"] == pytest.approx(record["result"]["val_bpb"], abs=1e-3)
+    assert rows["unigram"] < rows["gzip -9"] + 5 and "trigram" in rows
+    assert out.rstrip().splitlines()[-1] != "" and "def " in out
+
+    code, first, err = cli("generate", run, "w1 w2", "--max-tokens", 12, "--seed", 3)
+    assert (code, err) == (0, "")
+    assert first.startswith("w1 w2") and len(first) > len("w1 w2\n")
+    assert cli("generate", "--max-tokens", 5, "--temperature", 0)[0] == 0  # the newest run
+    assert cli("generate", run, "w1 w2", "--max-tokens", 12, "--seed", 3)[1] == first
+
+    before = cli("train", "--data", text, "--preset", "tiny", "--device", "cpu", "--steps", 1, "--out", tmp_path / "b")
+    assert "preparing" in out and "preparing" not in before[1]  # the data were cached
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(data: Path, tmp_path: Path, cli: Cli) -> None:
+    options = ("train", "--data", data, *TRAIN, "--steps", 150)
+    running = process(*options, "--out", "run", cwd=tmp_path)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.stat().st_size > 0):
+        assert running.poll() is None and time.monotonic() < deadline, running.communicate()
+        time.sleep(0.002)
+    running.send_signal(signal.SIGTERM)
+    out, err = running.communicate(timeout=60)
+    assert (running.returncode, err) == (0, "")
+    assert "resume with: llmfast train --resume run" in out
+    stopped = max(r["step"] for r in read_metrics(metrics))
+    assert 0 < stopped < 150
+
+    code, out, _ = cli("train", "--resume", tmp_path / "run", "--device", "cpu")
+    assert code == 0 and f"step-{stopped}" in out
+    assert cli(*options, "--out", tmp_path / "whole")[0] == 0
+    losses = [
+        [(r["step"], r.get("loss"), r.get("val_bpb")) for r in read_metrics(tmp_path / name / "metrics.jsonl")]
+        for name in ("run", "whole")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 153
+
+
+def test_ctrl_c_outside_training_exits_130(tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    import llmfast.cli.doctor as doctor
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor.hardware, "default_device", interrupted)
+    code, _, err = cli("doctor")
+    assert code == 130 and "Traceback" not in err
+
+
+def test_data_and_tokenizer(text: Path, tmp_path: Path, cli: Cli) -> None:
+    code, out, _ = cli("data", text, "--out", tmp_path / "d", "--vocab-size", 300)
+    assert code == 0 and "vocabulary 300" in out and "train" in out and "val" in out
+    code, out, _ = cli("tokenizer", tmp_path / "d")
+    assert code == 0 and "300 tokens" in out
+    ids = cli("tokenizer", tmp_path / "d", "--encode", "w1 café")[1]
+    assert cli("tokenizer", tmp_path / "d", "--decode", ids)[1] == "w1 café\n"
+    code, out, _ = cli("tokenizer", tmp_path / "t.json", "--train", text, "--vocab-size", 280)
+    assert code == 0 and "280 tokens" in out
+
+
+def test_dry_run_and_doctor(data: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = cli("train", "--data", data, *TRAIN, "--accumulation", 3, "--dry-run")
+    vocab_size = json.loads((data / "manifest.json").read_text())["vocab_size"]
+    assert code == 0 and f"vocabulary {vocab_size}" in out
+    assert "step: 384 tokens (4 sequences x 3 batches x 32 tokens)" in out
+    assert list(tmp_path.iterdir()) == []
+    code, out, _ = cli("doctor")
+    assert code == 0 and torch.__version__ in out and "cross_entropy: reference" in out
+
+
+def test_help_and_version_do_not_import_torch(tmp_path: Path, cli: Cli) -> None:
+    probe = (
+        "import sys; sys.argv = ['llmfast', '--help']\n"
+        "from llmfast.cli.main import main\n"
+        "try: main()\n"
+        "finally: print('torch' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr.strip()) == (0, "False")
+    assert all(name in done.stdout for name in COMMANDS)
+    assert cli("--version")[:2] == (0, f"llmfast {__version__}\n")
+
+
+@pytest.mark.parametrize("name", ["train", "generate", "data", "tokenizer", "doctor"])
+def test_help_of_commands(name: str, cli: Cli) -> None:
+    code, out, _ = cli(name, "--help")
+    assert code == 0 and COMMANDS[name][1].split(";")[0].split(":")[0] in " ".join(out.split())
+
+
+def refused(result: tuple[int, str, str], *parts: str) -> None:
+    """Exit code 2, and one line on stderr that holds `parts`."""
+    code, _, err = result
+    assert code == 2, err
+    assert err.startswith("llmfast: error: ") and err.count("\n") == 1, err
+    for part in parts:
+        assert part in err
+
+
+def test_files_that_cannot_be_trained_on(tmp_path: Path, cli: Cli) -> None:
+    missing, empty, binary = (tmp_path / name for name in ("missing.txt", "empty.txt", "binary.txt"))
+    empty.touch()
+    binary.write_bytes(bytes(range(256)) * 40)
+    for path in (missing, empty, binary):
+        refused(cli("train", "--data", path, *TRAIN, "--steps", 1, "--out", tmp_path / "run"), str(path))
+        refused(cli("data", path, "--out", tmp_path / "data"), str(path))
+        assert not (tmp_path / "run").exists() and not (tmp_path / "data").exists()
+
+
+def test_text_shorter_than_a_context(tmp_path: Path, cli: Cli) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("a few words\n" * 25)
+    result = cli(
+        "train", "--data", path, "--preset", "tiny", "--device", "cpu", "--steps", 1, "--out", tmp_path / "run"
+    )
+    refused(result, "context + 1 = 129")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "options, parts",
+    [
+        (("--preset", "huge"), ("unknown preset 'huge'", "tiny")),
+        (("--backend", "fast"), ("unknown backend 'fast'", "reference")),
+        (("--device", "tpu"), ("unknown device 'tpu'", "cpu")),
+        (("--dtype", "int8"), ("unknown dtype 'int8'", "float32")),
+        (("--steps", "0"), ("max_steps is 0",)),
+        (("--context", "4096"), ("context is 4096",)),
+        (("--learning-rate", "-1"), ("learning_rate is -1",)),
+        (("--minutes", "-1"), ("budget_seconds is -60",)),
+        (("--seed", "-1"), ("seed", "-1")),
+        (("--resume", "absent"), ("absent: is not a run",)),
+    ],
+)
+def test_options_refused(
+    data: Path, tmp_path: Path, cli: Cli, options: tuple[str, ...], parts: tuple[str, ...]
+) -> None:
+    source = () if options[0] == "--resume" else ("--data", data, "--out", tmp_path / "run")
+    refused(cli("train", *source, *options), *parts)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_without_cuda(data: Path, tmp_path: Path, cli: Cli) -> None:
+    for command in (("train", "--data", data, "--out", tmp_path / "run"), ("generate", tmp_path)):
+        refused(cli(*command, "--device", "cuda"), "'cuda' is not available", "0 CUDA devices")
+
+
+def test_truncated_shard(data: Path, tmp_path: Path, cli: Cli) -> None:
+    copy = shutil.copytree(data, tmp_path / "data")
+    (shard,) = copy.glob("train-*.bin")
+    os.truncate(shard, shard.stat().st_size - 3)
+    refused(cli("train", "--data", copy, *TRAIN, "--steps", 1, "--out", tmp_path / "run"), str(shard))
+
+
+def test_damaged_run(data: Path, tmp_path: Path, cli: Cli) -> None:
+    run = tmp_path / "run"
+    assert cli("train", "--data", data, *TRAIN, "--steps", 2, "--out", run)[0] == 0
+    refused(cli("train", "--data", data, *TRAIN, "--steps", 2, "--out", run), "is not empty", "--resume")
+    refused(cli("train", "--resume", run, "--steps", 5, "--preset", "mini"), "leave out: max_steps, preset")
+    weights = run / "best" / "step-2" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-10])
+    code, _, err = cli("generate", run)
+    assert (
+        code == 2 and "model.safetensors" in err.splitlines()[0] and "no undamaged checkpoint" in err.splitlines()[-1]
+    )
+    weights.write_bytes(content)
+    (run / "config.json").write_text("{")
+    refused(cli("generate", run), "config.json: is damaged")
+    refused(cli("generate", tmp_path), "is not a run")
+
+
+def test_no_run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(cli("generate"), "no run under runs/", "llmfast train")
+
+
+def test_generate_refuses_bad_sampling(data: Path, tmp_path: Path, cli: Cli) -> None:
+    run = tmp_path / "run"
+    assert cli("train", "--data", data, *TRAIN, "--steps", 1, "--out", run)[0] == 0
+    refused(cli("generate", run, "--temperature", "-1"), "temperature is -1")
+    refused(cli("generate", run, "w1 " * 500), "the model's context")

@@ -1,0 +1,73 @@
+"""Generation with the cache equals a naive forward pass over everything, token by token."""
+
+import pytest
+import torch
+
+from llmfast.errors import InputError
+from llmfast.inference import generate
+from llmfast.models import GPT, preset
+
+
+@pytest.fixture(params=["rope", "learned"])
+def model(request) -> GPT:
+    torch.manual_seed(0)
+    model = GPT(
+        preset("tiny", vocab_size=61, context_length=16, position=request.param, n_head=4, n_kv_head=2, dropout=0.2)
+    )
+    for parameter in model.parameters():  # large weights, so that the argmax depends on the whole context
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@torch.no_grad()
+def naive(model: GPT, prompt: list[int], n: int) -> list[int]:
+    """Argmax of a full forward pass each step; a full context restarts from its last half."""
+    model.eval()
+    window, out = list(prompt), []
+    for _ in range(n):
+        if len(window) > model.config.context_length:
+            window = window[-(model.config.context_length // 2) :]
+        out.append(int(model(torch.tensor([window]))[0, -1].argmax()))
+        window.append(out[-1])
+    return out
+
+
+@pytest.mark.parametrize("length", [1, 5, 15, 16])
+def test_greedy_equals_naive_past_the_context(model: GPT, length: int) -> None:
+    prompt = [(7 * i) % 61 for i in range(length)]
+    model.train()
+    tokens = list(generate(model, prompt, 40, temperature=0.0))
+    assert tokens == naive(model, prompt, 40)
+    assert len(set(tokens)) > 1  # not one token for ever
+
+
+def test_seed_decides(model: GPT) -> None:
+    runs = [list(generate(model, [1], 30, temperature=3.0, seed=seed)) for seed in (1, 1, 2)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_stops_before_a_stop_id(model: GPT) -> None:
+    tokens = list(generate(model, [1, 2], 20, temperature=0.0))
+    stop = tokens[8]
+    assert list(generate(model, [1, 2], 20, temperature=0.0, stop_ids=[stop])) == tokens[: tokens.index(stop)]
+
+
+def test_context_of_one() -> None:
+    model = GPT(preset("tiny", vocab_size=61, context_length=1))
+    assert len(list(generate(model, [3], 5))) == 5
+
+
+@pytest.mark.parametrize(
+    "prompt, options, message",
+    [
+        ([], {}, "0 tokens; give 1 to 16"),
+        ([0] * 17, {}, "17 tokens; give 1 to 16"),
+        ([61], {}, "prompt id 61 is outside the vocabulary of 61"),
+        ([-1], {}, "prompt id -1"),
+        ([0], {"max_new_tokens": -1}, "max_new_tokens is -1"),
+        ([0], {"temperature": -1.0}, "temperature is -1.0"),
+    ],
+)
+def test_refused_at_the_call(model: GPT, prompt: list[int], options: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        generate(model, prompt, **({"max_new_tokens": 3} | options))

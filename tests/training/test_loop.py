@@ -1,0 +1,229 @@
+"""The loop learns, weighs accumulated batches by tokens, skips what is not finite, and stops and fails as promised."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmfast.errors import CheckpointError, InputError, LLMFastError
+from llmfast.models import GPT, preset
+from llmfast.training import Evaluation, Result, Step, TrainConfig, loop, train
+from llmfast.training.metrics import read_metrics
+from llmfast.weights import latest
+
+
+class Recorder:
+    """A Report that keeps everything."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def step(self, step: Step, progress: float) -> None:
+        assert 0 < progress <= 1
+
+    def evaluation(self, evaluation: Evaluation) -> None: ...
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+def make_model(dropout: float = 0.0) -> GPT:
+    torch.manual_seed(0)
+    return GPT(preset("tiny", vocab_size=32, context_length=16, n_layer=1, dropout=dropout))
+
+
+def batches(index: int) -> Tensor:
+    start = torch.randint(0, 32, (4, 1), generator=torch.Generator().manual_seed(index))
+    return (start + 3 * torch.arange(17)) % 32
+
+
+def config(**fields) -> TrainConfig:
+    return TrainConfig(**({"max_steps": 12, "batch_size": 4, "context": 16, "warmup_steps": 2} | fields))
+
+
+def run(
+    tmp_path: Path, model: GPT | None = None, *, evaluate=None, report=None, resume=False, data=batches, **fields
+) -> Result:
+    return train(
+        model or make_model(),
+        config(**fields),
+        data,
+        evaluate=evaluate,
+        run_dir=tmp_path,
+        resume=resume,
+        report=report or Recorder(),
+    )
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [r["loss"] for r in read_metrics(run_dir / "metrics.jsonl") if "loss" in r]
+
+
+def weights(model: GPT) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def test_learns_and_records_every_step(tmp_path: Path) -> None:
+    result = run(tmp_path, max_steps=60, learning_rate=1e-2)
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert result == Result(step=60, tokens=60 * 64, best_bpb=None, interrupted=False)
+    assert [r["step"] for r in records] == list(range(1, 61))
+    assert [r["tokens"] for r in records] == [64 * n for n in range(1, 61)]
+    assert records[0]["loss"] > 3.0 and records[-1]["loss"] < 0.5
+    assert all(r["tok_s"] > 0 and r["grad_norm"] > 0 and not r["skipped"] for r in records)
+
+
+def test_accumulation_is_one_large_batch_however_padded(tmp_path: Path) -> None:
+    """Two batches of 2, one mostly padding, give the update of both as one batch of 4."""
+
+    def whole(index: int) -> Tensor:
+        batch = batches(index)
+        batch[:2, 5:] = loop.IGNORED
+        return batch
+
+    one, two = make_model(), make_model()
+    run(tmp_path / "one", one, data=whole, max_steps=3)
+    halves: Callable[[int], Tensor] = lambda i: whole(i // 2)[2 * (i % 2) : 2 * (i % 2) + 2]  # noqa: E731
+    run(tmp_path / "two", two, data=halves, max_steps=3, batch_size=2, accumulation=2)
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-5)
+    assert read_metrics(tmp_path / "two" / "metrics.jsonl")[0]["tokens"] == 2 * 4 + 2 * 16
+    for p, q in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
+
+
+def test_clipping_bounds_the_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms = []
+    real = loop.optim.step
+
+    def spy(optimizer, rate, finite):
+        gradients = [p.grad for g in optimizer.param_groups for p in g["params"]]
+        norms.append(torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients])).item())
+        real(optimizer, rate, finite)
+
+    monkeypatch.setattr(loop.optim, "step", spy)
+    run(tmp_path, grad_clip=0.01, max_steps=3)
+    assert norms == pytest.approx([0.01] * 3, rel=1e-3)
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:
+    """The loss of the calls for which `bad(call number)` becomes nan."""
+    real, calls = GPT.loss, iter(range(10**6))
+    monkeypatch.setattr(GPT, "loss", lambda self, x, y: real(self, x, y) * (float("nan") if bad(next(calls)) else 1.0))
+
+
+def test_a_step_that_is_not_finite_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, report = make_model(), Recorder()
+    poison(monkeypatch, lambda call: call >= 5)
+    run(tmp_path, model, max_steps=9, report=report)
+    five = make_model()
+    monkeypatch.undo()
+    # The same five updates on the same schedule, stopped there.
+    monkeypatch.setattr(loop._Run, "progress", property(lambda self: 1.0 if self.step >= 5 else self.step / 9))
+    run(tmp_path / "five", five, max_steps=9)
+    assert all(torch.equal(p, q) for p, q in zip(weights(model), weights(five), strict=True))
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [r["skipped"] for r in records] == [False] * 5 + [True] * 4
+    assert records[-1]["loss"] is None
+    assert report.messages[0].startswith("step 6 skipped: loss nan")
+
+
+def test_ten_skipped_in_a_row_stop_with_a_saved_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, lambda call: call >= 3 and call != 7)
+    with pytest.raises(LLMFastError, match="1[0-9] steps in a row .* lower the learning rate"):
+        run(tmp_path, max_steps=1000)
+    checkpoint = latest(tmp_path / "checkpoints", pytest.fail)
+    assert 18 <= checkpoint.step <= 18 + loop.STEPS_A_REPORT
+    assert all(t.isfinite().all() for t in checkpoint.tensors("model").values())
+    assert all(t.isfinite().all() for t in checkpoint.tensors("optimizer").values())
+
+
+def test_budget_completes_the_schedule(tmp_path: Path) -> None:
+    start = time.perf_counter()
+    result = run(tmp_path, max_steps=10**6, budget_seconds=0.5, learning_rate=1e-3, min_lr_ratio=0.1)
+    assert 0.5 <= time.perf_counter() - start < 5
+    rates = [r["lr"] for r in read_metrics(tmp_path / "metrics.jsonl")]
+    assert 10 < result.step < 10**6 and not result.interrupted
+    assert rates[-1] < 1.2e-4 and max(rates) > 9e-4
+
+
+def test_save_comes_before_evaluation_and_best_is_kept(tmp_path: Path) -> None:
+    values = iter([3.0, 2.0, 2.5, 2.2])
+    order = []
+
+    def evaluate(model: GPT) -> float:
+        order.append(sorted(p.name for p in (tmp_path / "checkpoints").iterdir())[-1])
+        return next(values)
+
+    model = make_model()
+    result = run(tmp_path, model, evaluate=evaluate, max_steps=8, eval_every=2, save_every=2)
+    assert order == ["step-2", "step-4", "step-6", "step-8"]
+    assert result.best_bpb == 2.0
+    best = latest(tmp_path / "best", pytest.fail)
+    assert (best.step, best.state["val_bpb"]) == (4, 2.0)
+    assert not torch.equal(best.tensors("model")["token_embedding.weight"], model.token_embedding.weight)
+    records = [r for r in read_metrics(tmp_path / "metrics.jsonl") if "val_bpb" in r]
+    assert [(r["step"], r["val_bpb"]) for r in records] == [(2, 3.0), (4, 2.0), (6, 2.5), (8, 2.2)]
+
+
+def test_failed_save_and_evaluation_are_reported_and_training_goes_on(tmp_path: Path, monkeypatch) -> None:
+    def no_space(*args, **kwargs):
+        raise CheckpointError("disk full")
+
+    def no_memory(model: GPT) -> float:
+        raise torch.OutOfMemoryError("out of memory\nand more")
+
+    report = Recorder()
+    monkeypatch.setattr(loop, "save", no_space)
+    result = run(tmp_path, evaluate=no_memory, report=report, max_steps=4, save_every=2, eval_every=4)
+    assert result.step == 4 and len(losses(tmp_path)) == 4
+    assert [m.split(":")[0] for m in report.messages] == [
+        "training goes on without a checkpoint of step 2",
+        "training goes on without a checkpoint of step 4",
+        "evaluation at step 4 ran out of memory, training goes on",
+    ]
+    assert "and more" not in report.messages[2]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_saves(tmp_path: Path, number: signal.Signals) -> None:
+    def data(index: int) -> Tensor:
+        if index == 5:
+            os.kill(os.getpid(), number)
+        return batches(index)
+
+    before = signal.getsignal(number)
+    result = run(tmp_path, data=data, save_every=100)
+    assert result == Result(step=6, tokens=6 * 64, best_bpb=None, interrupted=True)
+    assert latest(tmp_path / "checkpoints", pytest.fail).step == 6
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_interrupt_interrupts(tmp_path: Path) -> None:
+    def data(index: int) -> Tensor:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return batches(index)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, data=data)
+
+
+def test_deterministic_is_set_and_put_back(tmp_path: Path) -> None:
+    seen = []
+
+    def data(index: int) -> Tensor:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return batches(index)
+
+    run(tmp_path, data=data, deterministic=True, max_steps=1)
+    assert seen == [True] and not torch.are_deterministic_algorithms_enabled()
+
+
+def test_too_long_a_context_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="context is 17; it must be at most 16"):
+        run(tmp_path, context=17)
