@@ -1,13 +1,30 @@
-"""What the kernels share: block sizes for row kernels, row views of tensors, and the number of multiprocessors."""
+"""What the kernels share: an accurate exponential, block sizes for row kernels, row views, facts of the device."""
 
 import functools
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 # Rows up to this many elements are held in registers whole; longer ones are walked in blocks.
 MAX_ROW_IN_REGISTERS = 32768
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2_HIGH: tl.constexpr = tl.constexpr(0.693359375)  # 9 bits: its product with an integer is exact
+LN2_LOW: tl.constexpr = tl.constexpr(-2.12194440e-4)
+
+
+@triton.jit
+def exponential(x, EXACT: tl.constexpr):
+    """e^x for x <= 0. EXACT, for float32 results, splits x = n ln 2 + r (Cody and Waite, Software Manual for the
+    Elementary Functions, 1980): in 2^(x log2 e) alone the product's rounding is magnified by |x|."""
+    if EXACT:
+        x = tl.where(x < -200.0, -200.0, x)  # e^-200 is 0 in float32, and -inf would give inf - inf below; NaN stays
+        n = tl.floor(x * LOG2E + 0.5)
+        r = (x - n * LN2_HIGH) - n * LN2_LOW
+        return tl.exp2(r * LOG2E) * tl.exp2(n)
+    return tl.exp2(x * LOG2E)
 
 
 def row_settings(n_cols: int, longest: int = MAX_ROW_IN_REGISTERS) -> tuple[int, int, int]:
@@ -23,7 +40,7 @@ def row_settings(n_cols: int, longest: int = MAX_ROW_IN_REGISTERS) -> tuple[int,
         return 1, min(longest, 8192), 16
     block = max(16, triton.next_power_of_2(n_cols))
     rows = max(1, min(16, 2048 // block))
-    warps = 32 if block > 16384 else min(16, max(2, rows * block // 512))
+    warps = min(32, max(2, rows * block // 512))
     return rows, block, warps
 
 

@@ -10,24 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import as_rows, row_settings
+from ._common import as_rows, exponential, row_settings
 
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LN2_HIGH: tl.constexpr = tl.constexpr(0.693359375)  # 9 bits: its product with an integer is exact
-LN2_LOW: tl.constexpr = tl.constexpr(-2.12194440e-4)
 MAX_BACKWARD_ROW = 16384
-
-
-@triton.jit
-def _exp(x, EXACT: tl.constexpr):
-    """e^x for x <= 0. EXACT, for float32 results, splits x = n ln 2 + r (Cody and Waite, Software Manual for the
-    Elementary Functions, 1980): in 2^(x log2 e) alone the product's rounding is magnified by |x|."""
-    if EXACT:
-        x = tl.where(x < -200.0, -200.0, x)  # e^-200 is 0 in float32, and -inf would give inf - inf below; NaN stays
-        n = tl.floor(x * LOG2E + 0.5)
-        r = (x - n * LN2_HIGH) - n * LN2_LOW
-        return tl.exp2(r * LOG2E) * tl.exp2(n)
-    return tl.exp2(x * LOG2E)
 
 
 @triton.jit
@@ -37,7 +22,7 @@ def _softmax_fwd_kernel(X, Y, x_stride, n_rows, n_cols, ROWS: tl.constexpr, BLOC
     col = tl.arange(0, BLOCK)[None, :]
     inside = (row < n_rows) & (col < n_cols)
     x = tl.load(X + row * x_stride + col, mask=inside, other=-float("inf")).to(tl.float32)
-    e = _exp(x - tl.max(x, 1)[:, None], Y.dtype.element_ty == tl.float32)
+    e = exponential(x - tl.max(x, 1)[:, None], Y.dtype.element_ty == tl.float32)
     total = tl.sum(e, 1)[:, None]
     y = tl.div_rn(e, total) if Y.dtype.element_ty == tl.float32 else e / total
     tl.store(Y + row * n_cols + col, y.to(Y.dtype.element_ty), mask=inside)
@@ -58,14 +43,14 @@ def _softmax_fwd_long_kernel(X, Y, x_stride, n_cols, BLOCK: tl.constexpr):
         larger = tl.maximum(m, x)
         # A lane that has seen only -inf keeps a sum of 0: -inf - -inf would make it NaN.
         base = tl.where(larger == -float("inf"), 0.0, larger)
-        s = s * _exp(m - base, EXACT) + _exp(x - base, EXACT)
+        s = s * exponential(m - base, EXACT) + exponential(x - base, EXACT)
         m = larger
     row_max = tl.max(m, 0)
-    r = tl.div_rn(1.0, tl.sum(s * _exp(m - row_max, EXACT), 0))
+    r = tl.div_rn(1.0, tl.sum(s * exponential(m - row_max, EXACT), 0))
     for start in range(0, n_cols, BLOCK):
         col = start + tl.arange(0, BLOCK)
         x = tl.load(X + col, mask=col < n_cols, other=-float("inf")).to(tl.float32)
-        y = _exp(x - row_max, EXACT) * r
+        y = exponential(x - row_max, EXACT) * r
         tl.store(Y + col, y.to(Y.dtype.element_ty), mask=col < n_cols)
 
 

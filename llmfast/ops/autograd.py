@@ -48,9 +48,9 @@ class LayerNorm(torch.autograd.Function):
 class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernels: ModuleType, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
-        out, lse = kernels.attention_fwd(q, k, v, causal, scale)
+        out, statistics = kernels.attention_fwd(q, k, v, causal, scale)
         ctx.kernels, ctx.causal, ctx.scale = kernels, causal, scale
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(q, k, v, out, statistics)
         return out
 
     @staticmethod

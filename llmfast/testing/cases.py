@@ -95,6 +95,8 @@ class AttentionCase:
 
     def torch(self, *tensors: Tensor) -> Tensor:
         """F.scaled_dot_product_attention at the tensors' dtype, its mask aligned bottom right where lengths differ."""
+        if tensors[0].numel() == 0:  # which some of its kernels return None for
+            return tensors[0] + 0 * (tensors[1].sum() + tensors[2].sum())
         q, k, v = (t.transpose(1, 2) for t in tensors)
         mask = None
         if self.causal and self.n_queries != self.n_keys:

@@ -2,8 +2,8 @@
 
     python -m llmfast.testing.offline --arch 90
 
-The launchers run on CPU tensors with a driver that claims the architecture and compiles instead of launching, so that what
-is compiled is exactly what would be launched. Exits with status 1 if a kernel spills more than `--max-spill` bytes.
+The launchers run on CPU tensors with a driver that claims the architecture and compiles instead of launching, so that
+what is compiled is exactly what would be launched. Exits with status 1 if one spills more than `--max-spill` bytes.
 """
 
 import argparse
@@ -89,8 +89,8 @@ def compile_case(case: Case, dtype: torch.dtype, arch: int) -> list[Compiled]:
     module = importlib.import_module({"layer_norm": "llmfast.kernels.norm"}.get(case.op, f"llmfast.kernels.{case.op}"))
     with _compiling_for(arch) as compiled:
         if isinstance(case, AttentionCase):
-            out, lse = module.attention_fwd(*tensors, case.causal, 0.125)
-            module.attention_bwd(out, *tensors, out, lse, case.causal, 0.125)
+            out, statistics = module.attention_fwd(*tensors, case.causal, 0.125)
+            module.attention_bwd(out, *tensors, out, statistics, case.causal, 0.125)
         elif case.op == "softmax":
             module.softmax_bwd(tensors[0], module.softmax_fwd(tensors[0]))
         else:

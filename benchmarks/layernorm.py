@@ -1,0 +1,6 @@
+"""Check, then time, layer_norm on every backend and beside its peers; see --help for --json and --plot."""
+
+from llmfast.testing.bench import main
+
+if __name__ == "__main__":
+    main("layer_norm")

@@ -1,0 +1,139 @@
+"""What only a GPU can show: offsets beyond 2^31 elements, repeatability under load, graphs, and other streams."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmfast import ops
+from llmfast.testing.accuracy import compare
+from llmfast.testing.cases import AttentionCase, RowCase, make_inputs
+
+pytestmark = pytest.mark.gpu
+TRITON = "triton"
+
+
+def far_apart(t: Tensor, gap: int) -> Tensor:
+    """The same values in a buffer where the leading dimension's stride is `gap` elements."""
+    buffer = torch.empty((t.shape[0] - 1) * gap + t[0].numel(), dtype=t.dtype, device=t.device)
+    view = buffer.as_strided(t.shape, (gap, *t[0].contiguous().stride()))
+    view.copy_(t)
+    return view
+
+
+@pytest.mark.parametrize("op", ["softmax", "layer_norm"])
+def test_rows_beyond_2_31_elements(op: str) -> None:
+    case = RowCase(op, 3, 1000)
+    inputs = make_inputs(case, "cuda", torch.bfloat16)
+    spread = [far_apart(inputs[0].detach(), 2**30 + 2**29 + 16).requires_grad_(), *inputs[1:]]
+    grad = far_apart(torch.randn(3, 1000, device="cuda").bfloat16(), 2**30 + 2**29 + 16)
+    comparisons = compare(case, spread, grad, TRITON)
+    assert all(c.ok for c in comparisons), comparisons
+
+
+def test_many_rows_beyond_2_31_elements() -> None:
+    """A contiguous tensor of 2^31 + 2^20 elements: its last rows against the same rows alone."""
+    x = torch.randn(2**19 + 256, 4096, device="cuda", dtype=torch.bfloat16)
+    w = torch.randn(4096, device="cuda", dtype=torch.bfloat16)
+    assert x.numel() > 2**31
+    tail = x[-7:].clone()
+    assert torch.equal(ops.softmax(x, backend=TRITON)[-7:], ops.softmax(tail, backend=TRITON))
+    assert torch.equal(ops.layer_norm(x, w, w, backend=TRITON)[-7:], ops.layer_norm(tail, w, w, backend=TRITON))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_beyond_2_31_elements(causal: bool) -> None:
+    """Batch strides, and then sequence strides, that put the last element past 2^31."""
+    case = AttentionCase(2, 300, 300, 2, 1, 64, causal)
+    inputs = make_inputs(case, "cuda", torch.bfloat16)
+    gap = 2**31 + 2**20
+    spread = [far_apart(t.detach(), gap).requires_grad_() for t in inputs]
+    grad = far_apart(torch.randn(2, 300, 2, 64, device="cuda").bfloat16(), gap)
+    comparisons = compare(case, spread, grad, TRITON)
+    assert all(c.ok for c in comparisons), comparisons
+
+    one = AttentionCase(1, 300, 300, 2, 1, 64, causal)
+    inputs = make_inputs(one, "cuda", torch.bfloat16)
+    gap = (2**31 + 2**24) // 299 // 16 * 16 + 16
+    spread = [far_apart(t.detach()[0], gap)[None].requires_grad_() for t in inputs]
+    comparisons = compare(one, spread, torch.randn(1, 300, 2, 64, device="cuda").bfloat16(), TRITON)
+    assert all(c.ok for c in comparisons), comparisons
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_repeats_bitwise_under_load(head_dim: int, causal: bool, dtype: torch.dtype) -> None:
+    """250 repeats at a large batch: a missing barrier shows as a difference in some of them."""
+    case = AttentionCase(60, 239, 333, 4, 2, head_dim, causal)
+    inputs = make_inputs(case, "cuda", dtype)
+    grad = torch.randn(case.inputs["q"], device="cuda").to(dtype)
+
+    def once() -> list[Tensor]:
+        out = case.ours(*inputs, backend=TRITON)
+        return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
+
+    comparisons = compare(case, inputs, grad, TRITON)
+    assert all(c.ok for c in comparisons), comparisons
+    first = once()
+    different = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(250):
+        for a, b in zip(first, once(), strict=True):
+            different += (a != b).sum()
+    assert int(different) == 0
+
+
+@pytest.mark.parametrize("case", [
+    AttentionCase(2, 2048, 2048, 8, 2, 64, True),
+    AttentionCase(1, 4224, 4224, 4, 4, 128, True),
+    AttentionCase(2, 1023, 1024, 4, 4, 128, True),
+    AttentionCase(2, 1024, 1023, 4, 4, 64, True),
+    AttentionCase(2, 799, 3, 4, 4, 64, False),
+    AttentionCase(1, 1, 16000, 16, 2, 128, True),
+    AttentionCase(1, 640, 128, 6, 6, 80, True),
+    AttentionCase(1, 777, 1555, 6, 3, 256, True),
+], ids=lambda c: c.label.replace(" ", "-"))  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_attention_long(case: AttentionCase, dtype: torch.dtype) -> None:
+    inputs = make_inputs(case, "cuda", dtype)
+    comparisons = compare(case, inputs, torch.randn(case.inputs["q"], device="cuda").to(dtype), TRITON)
+    assert all(c.ok for c in comparisons), comparisons
+
+
+@pytest.mark.parametrize("cols", [768, 4096, 8192, 9000, 16384, 32768, 50304, 131072])
+@pytest.mark.parametrize("op", ["softmax", "layer_norm"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_rows_long(op: str, cols: int, dtype: torch.dtype) -> None:
+    case = RowCase(op, 517, cols)
+    inputs = make_inputs(case, "cuda", dtype)
+    comparisons = compare(case, inputs, torch.randn(517, cols, device="cuda").to(dtype), TRITON)
+    assert all(c.ok for c in comparisons), comparisons
+
+
+@pytest.mark.parametrize("case", [
+    RowCase("softmax", 64, 1000),
+    RowCase("layer_norm", 64, 1000),
+    AttentionCase(2, 100, 100, 4, 2, 64, True),
+], ids=lambda c: c.op)  # fmt: skip
+def test_cuda_graph_and_side_stream(case: RowCase | AttentionCase) -> None:
+    """Forward and backward, captured on another stream, replay to the eager result on new values: no host reads."""
+    inputs = make_inputs(case, "cuda", torch.bfloat16)
+    grad = torch.randn(next(iter(case.inputs.values())), device="cuda").bfloat16()
+
+    def once() -> list[Tensor]:
+        out = case.ours(*inputs, backend=TRITON)
+        return [out, *torch.autograd.grad(out, inputs, grad)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        once()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = once()
+    with torch.no_grad():
+        for t in inputs:
+            t.copy_(torch.randn_like(t))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, once(), strict=True))
