@@ -94,7 +94,7 @@ def _layer_norm_bwd_kernel(
         w = tl.load(W + col, mask=col < n_cols, other=0.0).to(tl.float32)
     dw = tl.zeros([ROWS, BLOCK], tl.float32)
     db = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS):
+    for start in tl.range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS, num_stages=3):
         row = start + tl.arange(0, ROWS)[:, None].to(tl.int64)
         inside = (row < n_rows) & (col < n_cols)
         x = tl.load(X + row * x_stride + col, mask=inside, other=0.0).to(tl.float32)
@@ -200,7 +200,7 @@ def layer_norm_bwd(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x_rows, dy_rows = as_rows(x), as_rows(dy)
     n_rows, n_cols = x_rows.shape
-    programs = 2 * multiprocessors(x.device)
+    programs = min(8, max(2, 8192 // triton.next_power_of_2(n_cols))) * multiprocessors(x.device)
     per_program, block, warps = row_settings(n_cols, MAX_FUSED_BACKWARD_ROW)
     fused = n_cols <= MAX_FUSED_BACKWARD_ROW
     n_partials = min(programs, triton.cdiv(n_rows, per_program)) if fused else min(8, triton.cdiv(n_rows, 8))

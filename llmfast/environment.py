@@ -6,7 +6,7 @@ from pathlib import Path
 
 def backend() -> str:
     """`LLMFAST_BACKEND`: the default kernel backend, `auto` when unset."""
-    return os.environ.get("LLMFAST_BACKEND", "auto")
+    return os.environ.get("LLMFAST_BACKEND") or "auto"
 
 
 def strict() -> bool:

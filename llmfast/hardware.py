@@ -3,9 +3,11 @@
 import functools
 import platform
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -80,7 +82,8 @@ def describe(device: torch.device | None = None) -> Device:
     """The properties of `device`, of the default one if None."""
     device = default_device() if device is None else device
     if device.type != "cuda":
-        return Device(device.type, platform.processor() or platform.machine(), None, None, None, None, None)
+        name = _cpu_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+        return Device(device.type, name, None, None, None, None, None)
     properties = torch.cuda.get_device_properties(device)
     flops, bytes_per_s, _ = PEAKS.get(properties.name, (None, None, None))
     return Device(
@@ -95,9 +98,20 @@ def describe(device: torch.device | None = None) -> Device:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """What models compute in on `device`: bfloat16 on GPUs with hardware for it (capability 8.0), else float32."""
-    capability = describe(device).capability
-    return torch.bfloat16 if capability is not None and capability >= (8, 0) else torch.float32
+    """What models compute in on `device`: bfloat16 where there is hardware for it, else float32.
+
+    That is a GPU of capability 8.0 or newer, or a CPU with bfloat16 products (AVX-512 BF16, AMX, Arm's BF16).
+    """
+    if device.type == "cuda":
+        capability = describe(device).capability
+        return torch.bfloat16 if capability is not None and capability >= (8, 0) else torch.float32
+    has = _cpu_capabilities()
+    return torch.bfloat16 if any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else torch.float32
+
+
+def _cpu_capabilities() -> Mapping[str, Any]:
+    """What PyTorch found of the CPU's instructions; nothing before PyTorch 2.12, which cannot be asked."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
 
 
 def versions() -> dict[str, str | None]:

@@ -1,7 +1,6 @@
 """`llmfast train`: prepare the data, train, evaluate, and leave a run folder that explains itself."""
 
 import json
-import os
 import time
 from dataclasses import asdict
 from datetime import datetime
@@ -54,8 +53,6 @@ def train(
 ) -> None:
     """Train a model; with no arguments, the main job on Python's own source."""
     console, where = Console(), hardware.device(device)
-    if strict:
-        os.environ["LLMFAST_STRICT"] = "1"  # as if the user had set it: environment.py reads it
     options = {
         "max_steps": steps,
         "budget_seconds": None if minutes is None else minutes * 60,
@@ -66,7 +63,7 @@ def train(
         "seed": seed,
         "deterministic": deterministic or None,
     }
-    with ops.use_backend(backend or ops.current_backend()):
+    with ops.use_backend(backend or ops.current_backend(), strict=strict):
         if resume is not None:
             fixed = options | {"preset": preset, "out": out, "dtype": dtype, "data": None if data == STDLIB else data}
             run_dir = _run_to_resume(resume, fixed)

@@ -37,13 +37,15 @@ class Config:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_mlp"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:
                 raise InputError(f"Config.{name} is {value!r}; it must be a positive integer")
         for name, choices in (("norm", Norm), ("position", Position), ("mlp", MLP)):
             if getattr(self, name) not in get_args(choices):
                 raise InputError(
                     f"Config.{name} is {getattr(self, name)!r}; choose one of: {', '.join(get_args(choices))}"
                 )
+        if not self.norm_eps > 0.0:
+            raise InputError(f"Config.norm_eps is {self.norm_eps}; it must be positive")
         if self.n_head % self.n_kv_head:
             raise InputError(f"Config.n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
         if self.position == "rope" and self.head_dim % 2:

@@ -99,11 +99,13 @@ def _run(op: str, backend: str | None, args: tuple[Any, ...]) -> Tensor:
     return autograd.FUNCTIONS[op].apply(kernels, *args)  # pyright: ignore[reportReturnType]
 
 
-def _check_float(op: str, **tensors: Tensor | None) -> None:
-    """All given tensors are floating point and on the first one's device."""
-    (first_name, first), *rest = ((n, t) for n, t in tensors.items() if t is not None)
-    for name, t in ((first_name, first), *rest):
-        if not isinstance(t, Tensor):
+def _check_float(op: str, *, optional: tuple[str, ...] = (), **tensors: Tensor | None) -> None:
+    """All tensors are floating point and on the first one's device; those named `optional` may be None."""
+    first_name, first = next(iter(tensors.items()))
+    for name, t in tensors.items():
+        if t is None and name in optional:
+            continue
+        if not isinstance(t, Tensor) or not isinstance(first, Tensor):
             raise InputError(f"{op}: {name} must be a torch.Tensor, not {type(t).__name__}")
         if t.dtype not in FLOATS:
             raise InputError(f"{op}: {name} has dtype {t.dtype}; it must be a floating-point tensor")
@@ -135,13 +137,13 @@ def _softmax_args(x: Tensor) -> tuple[Any, ...]:
 def _layer_norm_args(
     x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> tuple[Any, ...]:
-    _check_float("layer_norm", x=x, weight=weight, bias=bias)
+    _check_float("layer_norm", optional=("weight", "bias"), x=x, weight=weight, bias=bias)
     _check_row("layer_norm", x, weight=weight, bias=bias)
     return x, weight, bias, eps
 
 
 def _rms_norm_args(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> tuple[Any, ...]:
-    _check_float("rms_norm", x=x, weight=weight)
+    _check_float("rms_norm", optional=("weight",), x=x, weight=weight)
     _check_row("rms_norm", x, weight=weight)
     return x, weight, eps
 
@@ -203,6 +205,12 @@ def _rope_args(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Any, ...]:
 
 def _cross_entropy_args(logits: Tensor, targets: Tensor, *, ignore_index: int = -100) -> tuple[Any, ...]:
     _check_float("cross_entropy", logits=logits)
+    if not isinstance(targets, Tensor):
+        raise InputError(f"cross_entropy: targets must be a torch.Tensor, not {type(targets).__name__}")
+    if targets.device != logits.device:
+        raise InputError(
+            f"cross_entropy: targets are on {targets.device} but logits on {logits.device}; move them there"
+        )
     if logits.dim() != 2 or targets.shape != logits.shape[:1] or targets.dtype != torch.int64:
         raise InputError(
             f"cross_entropy: logits are {tuple(logits.shape)} and targets {tuple(targets.shape)} {targets.dtype};"

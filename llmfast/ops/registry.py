@@ -59,6 +59,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
 NAMES = (AUTO, REFERENCE, *dict.fromkeys(row.name for rows in BACKENDS.values() for row in rows))
 
 _override: ContextVar[str | None] = ContextVar("llmfast_backend", default=None)
+_strict: ContextVar[bool] = ContextVar("llmfast_strict", default=False)
 
 
 class BackendFallbackWarning(UserWarning):
@@ -77,13 +78,17 @@ def current_backend() -> str:
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Ask for backend `name` in every op call inside the block (this thread and context only)."""
-    token = _override.set(_check_name(name, "use_backend"))
+def use_backend(name: str, *, strict: bool = False) -> Iterator[None]:
+    """Ask for backend `name` in every op call inside the block (this thread and context only).
+
+    With `strict`, as with `LLMFAST_STRICT=1`, auto raises BackendError where it would fall back to the reference.
+    """
+    tokens = _override.set(_check_name(name, "use_backend")), _strict.set(strict or _strict.get())
     try:
         yield
     finally:
-        _override.reset(token)
+        _override.reset(tokens[0])
+        _strict.reset(tokens[1])
 
 
 @functools.cache
@@ -125,14 +130,14 @@ def choose(op: str, requested: str | None, args: tuple[Any, ...]) -> ModuleType 
     Raises BackendError if an explicitly requested backend cannot run it. `use_backend` and `LLMFAST_BACKEND` speak of
     every op: one that has no backend of that name runs its reference.
     """
-    name = _check_name(requested, "backend=") if requested else current_backend()
+    name = current_backend() if requested is None else _check_name(requested, "backend=")
     if name == REFERENCE:
         return None
     if name == AUTO:  # the interpreter is for tests: auto never takes it
         rows = [row for row in BACKENDS[op] if args[0].device.type in row.devices]
     else:
         rows = [row for row in BACKENDS[op] if row.name == name]
-        if requested and not rows:
+        if requested is not None and not rows:
             raise BackendError(f"{op}: there is no {name} backend for it; use backend='auto'")
     reasons = []
     for row in rows:
@@ -144,8 +149,8 @@ def choose(op: str, requested: str | None, args: tuple[Any, ...]) -> ModuleType 
         return None
     if name != AUTO:
         raise BackendError(f"{op}: {reasons[0]}; backend='auto' takes one that can run")
-    if environment.strict():
-        raise BackendError(f"{op}: LLMFAST_STRICT forbids the reference, and {'; '.join(reasons)}")
+    if _strict.get() or environment.strict():
+        raise BackendError(f"{op}: strict mode forbids the reference, and {'; '.join(reasons)}")
     _warn_once(op, "; ".join(reasons))
     return None
 

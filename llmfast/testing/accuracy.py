@@ -39,7 +39,7 @@ def compare(case: Case, inputs: list[Tensor], grad: Tensor, backend: str) -> lis
     truth = run(lambda *t: case.ours(*t, backend="reference"), probed, case.probe(grad), torch.float64)
     magnitude = case.amplification * max(_largest(t) for t in (*probed, grad))
     return [
-        _compare(name, case.probe(o) if o.dim() > 1 else o, case.probe(p) if p.dim() > 1 else p, t, magnitude)
+        _compare(name, case.probe(o), case.probe(p), t, magnitude, case.looseness(o.dtype))
         for name, o, p, t in zip(names, ours, peer, truth, strict=True)
     ]
 
@@ -51,12 +51,12 @@ def run(function: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor, dty
     return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
 
 
-def _compare(name: str, ours: Tensor, peer: Tensor, truth: Tensor, magnitude: float) -> Comparison:
+def _compare(name: str, ours: Tensor, peer: Tensor, truth: Tensor, magnitude: float, looseness: float) -> Comparison:
     assert ours.shape == truth.shape and ours.dtype == peer.dtype, f"{name}: {ours.shape} {ours.dtype}"
     if truth.numel() == 0:
         return Comparison(name, 0.0, 0.0, 0.0)
     error, peer_error = (_largest(t.double() - truth) for t in (ours, peer))
-    allowed = 2 * peer_error + torch.finfo(ours.dtype).eps * _largest(truth)
+    allowed = looseness * peer_error + torch.finfo(ours.dtype).eps * _largest(truth)
     rounding = 8 * torch.finfo(torch.float32).eps * magnitude
     if (
         _largest(truth) < rounding

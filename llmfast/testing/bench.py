@@ -4,6 +4,7 @@ import argparse
 import datetime
 import json as json_module
 import math
+import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -53,6 +54,7 @@ def main(op: str, argv: list[str] | None = None) -> None:
     parser.add_argument("--providers", default="", help="only these providers, separated by commas")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--plot", type=Path, help="also draw them into this PNG")
+    parser.add_argument("--commit", help="what to record as the commit measured; by default what git says, if it can")
     options = parser.parse_args(argv)
     run(**{"op": op, **vars(options)})
 
@@ -66,6 +68,7 @@ def run(
     providers: str = "",
     json: Path | None = None,
     plot: Path | None = None,
+    commit: str | None = None,
 ) -> list[Row]:
     """Benchmark `op`; print a table, and write `json` and `plot` if given. Returns the rows."""
     if op not in BENCHMARK_CASES:
@@ -88,6 +91,7 @@ def run(
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": asdict(hardware.describe(where)),
         "versions": hardware.versions(),
+        "commit": commit or _git_commit(),
         "dtype": dtype,
         "ceilings": ceiling._asdict(),
         "rows": [asdict(row) for row in rows],
@@ -99,6 +103,15 @@ def run(
     if plot is not None:
         _plot(rows, record, plot)
     return rows
+
+
+def _git_commit() -> str | None:
+    """The checkout's commit, marked where it has changes; None outside one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _providers(case: Case, device: torch.device) -> Iterable[tuple[str, Function | str, bool]]:

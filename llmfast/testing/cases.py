@@ -46,6 +46,10 @@ class RowCase:
         """How far the op can magnify a rounding error of its input: 1/sqrt(eps) for a constant row's normalisation."""
         return 1e-5**-0.5 if self.op == "layer_norm" else 1.0
 
+    def looseness(self, dtype: torch.dtype) -> float:
+        """How many times PyTorch's error is allowed."""
+        return 2.0
+
     def ours(self, *tensors: Tensor, backend: str) -> Tensor:
         return getattr(ops, self.op)(*tensors, backend=backend)
 
@@ -78,6 +82,14 @@ class AttentionCase:
     causal: bool
     op: str = "attention"
     amplification: float = 1.0
+
+    def looseness(self, dtype: torch.dtype) -> float:
+        """How many times PyTorch's error is allowed.
+
+        3 for a single float32 query: PyTorch runs that as matrix-vector products, which sum in a tree, while a tile
+        sums in a chain of head_dim products (its error grows with the root; 3.6 against 0.9 ulp on an H200).
+        """
+        return 3.0 if self.n_queries == 1 and dtype == torch.float32 else 2.0
 
     @property
     def label(self) -> str:

@@ -1,0 +1,92 @@
+"""Write README's result tables from the files in benchmarks/results/; --check only says whether they agree."""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+NAMES = {"attn": "Attention", "softmax": "Softmax", "layernorm": "Layer norm"}
+
+
+def cell(row: dict[str, Any] | None) -> str:
+    """A rate in TFLOP/s or TB/s; a dash where the provider has none."""
+    if row is None or row["rate"] is None:
+        return "-"
+    return f"{row['rate'] / 1e12:.3g}"
+
+
+def table(record: dict[str, Any]) -> list[str]:
+    """One line a case: forward / backward of every provider, and ours over the best peer."""
+    rows = record["rows"]
+    providers = [
+        p for p in dict.fromkeys(r["provider"] for r in rows) if any(r["rate"] for r in rows if r["provider"] == p)
+    ]
+    found = {(r["case"], r["direction"], r["provider"]): r for r in rows}
+    ours = [p for p in providers if any(r["ours"] for r in rows if r["provider"] == p)]
+    lines = [
+        f"| case | {' | '.join(providers)} | ours / best peer |",
+        f"|---|{'---:|' * (len(providers) + 1)}",
+    ]
+    ratios: dict[str, list[float]] = {"fwd": [], "bwd": []}
+    for case in dict.fromkeys(r["case"] for r in rows):
+        quotients = []
+        for direction, collected in ratios.items():
+            rates = {p: found[case, direction, p]["rate"] for p in providers if (case, direction, p) in found}
+            mine = max((rates[p] or 0 for p in rates if p in ours), default=0)
+            peer = max((rates[p] or 0 for p in rates if p not in ours), default=0)
+            quotients.append(f"{mine / peer:.2f}" if mine and peer else "-")
+            if mine and peer:
+                collected.append(mine / peer)
+        cells = [f"{cell(found.get((case, 'fwd', p)))} / {cell(found.get((case, 'bwd', p)))}" for p in providers]
+        lines.append(f"| {case} | {' | '.join(cells)} | {' / '.join(quotients)} |")
+    means = " / ".join(f"{math.exp(sum(map(math.log, v)) / len(v)):.2f}" if v else "-" for v in ratios.values())
+    lines.append(f"| geometric mean |{' |' * len(providers)} {means} |")
+    return lines
+
+
+def report() -> str:
+    """All tables, a section for each GPU and file."""
+    parts = []
+    for folder in sorted((ROOT / "benchmarks/results").iterdir()):
+        for stem, name in NAMES.items():
+            path = folder / f"{stem}.json"
+            if not path.exists():
+                continue
+            record = json.loads(path.read_text())
+            unit = "TFLOP/s" if stem == "attn" else "TB/s of the bytes that must move"
+            versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items() if v)
+            ceiling = record["ceilings"]
+            parts += [
+                f"**{name}**, {record['dtype']}, {unit}, forward / backward. {record['device']['name']}, {versions},"
+                f" {record['date'][:10]}, commit {record['commit']}. Measured in the same run: copy"
+                f" {ceiling['bytes_per_s'] / 1e12:.2f} TB/s, matrix product {ceiling['flops'] / 1e12:.0f} TFLOP/s.",
+                "",
+                *table(record),
+                "",
+            ]
+    return "\n".join(parts)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if README is out of date")
+    check = parser.parse_args().check
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    head, rest = text.split(BEGIN)
+    _, tail = rest.split(END)
+    updated = f"{head}{BEGIN}\n\n{report()}\n{END}{tail}"
+    if check and updated != text:
+        print("README.md's tables are not those of benchmarks/results; run: python benchmarks/report.py")
+        return 1
+    if not check:
+        readme.write_text(updated, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

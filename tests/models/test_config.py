@@ -1,0 +1,97 @@
+"""The shape of a decoder and the table of presets: what they count, refuse and survive."""
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from llmfast.errors import InputError
+from llmfast.models import GPT, PRESETS, Config, preset
+
+TINY = PRESETS["tiny"]
+
+
+@pytest.mark.parametrize(
+    ("name", "n_params"),
+    [
+        # The figures of the released checkpoints (https://huggingface.co/openai-community/gpt2).
+        ("gpt2", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
+    ],
+)
+def test_gpt2_presets(name: str, n_params: int) -> None:
+    """Built on the meta device, which has shapes and no memory."""
+    config = preset(name)
+    assert config.n_params == n_params
+    with torch.device("meta"):
+        assert sum(p.numel() for p in GPT(config).parameters()) == n_params
+    assert (config.vocab_size, config.context_length, config.norm, config.mlp) == (
+        50257,
+        1024,
+        "layer_norm",
+        "gelu_tanh",
+    )
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_round_trip_through_json(name: str) -> None:
+    config = PRESETS[name]
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_preset_takes_changes_and_keeps_the_table() -> None:
+    changed = preset("tiny", vocab_size=77, dropout=0.1)
+    assert (changed.vocab_size, changed.dropout, changed.n_layer) == (77, 0.1, TINY.n_layer)
+    assert PRESETS["tiny"].vocab_size != 77
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TINY.vocab_size = 3  # type: ignore[misc]
+
+
+def test_unknown_preset_names_the_choices() -> None:
+    with pytest.raises(InputError, match="unknown preset 'gpt3'; choose one of: gpt2, gpt2-medium.*small"):
+        preset("gpt3")
+
+
+def test_unknown_and_missing_fields_are_named() -> None:
+    with pytest.raises(InputError, match="unknown Config fields: depth, width$"):
+        Config.from_dict(TINY.to_dict() | {"width": 3, "depth": 2})
+    values = TINY.to_dict()
+    del values["d_mlp"]
+    with pytest.raises(InputError, match="incomplete Config: .*'d_mlp'"):
+        Config.from_dict(values)
+
+
+SIZES = ("vocab_size", "context_length", "n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_mlp")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        *[
+            (size, value, f"Config.{size} is {value!r}; it must be a positive")
+            for size in SIZES
+            for value in (0, -1, 2.0)
+        ],
+        ("norm", "batch", "Config.norm is 'batch'; choose one of: layer_norm, rms_norm"),
+        ("position", "alibi", "Config.position is 'alibi'; choose one of: learned, rope"),
+        ("mlp", "relu", "Config.mlp is 'relu'; choose one of: gelu, gelu_tanh, swiglu"),
+        ("n_kv_head", 3, "Config.n_head 2 is not a multiple of n_kv_head 3"),
+        ("n_kv_head", 4, "Config.n_head 2 is not a multiple of n_kv_head 4"),
+        ("head_dim", 7, "Config.head_dim is 7; rotary positions need an even one"),
+        ("dropout", 1.0, "Config.dropout is 1.0"),
+        ("dropout", -0.1, "Config.dropout is -0.1"),
+        ("dropout", float("nan"), "Config.dropout is nan"),
+    ],
+)
+def test_wrong_values_are_refused_by_name(field: str, value: Any, message: str) -> None:
+    with pytest.raises(InputError) as raised:
+        preset("tiny", **{field: value})
+    assert message in str(raised.value)
+
+
+def test_odd_head_dim_needs_no_rotation() -> None:
+    assert preset("tiny", head_dim=7, position="learned").head_dim == 7

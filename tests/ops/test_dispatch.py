@@ -1,0 +1,338 @@
+"""Which backend runs a call: precedence, refusal with a reason, fallback with a warning, and what explain says."""
+
+import importlib
+import importlib.util
+import inspect
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+
+from llmfast import ops
+from llmfast.errors import BackendError, InputError
+from llmfast.ops import BackendFallbackWarning, autograd, reference, registry
+from llmfast.ops.registry import BACKENDS, Backend
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LLMFAST_BACKEND", raising=False)
+    monkeypatch.delenv("LLMFAST_STRICT", raising=False)
+
+
+def ran(y: Tensor) -> str:
+    """Which backend made y: only kernels sit behind a Python autograd.Function."""
+    return "triton" if isinstance(y.grad_fn, BackwardCFunction) else "reference"
+
+
+def softmax_runs(device: str, backend: str | None = None) -> str:
+    return ran(ops.softmax(torch.randn(2, 8, device=device, requires_grad=True), backend=backend))
+
+
+# Small arguments of each op, as its users give them.
+def calls(device: str, dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
+    def t(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype).requires_grad_()
+
+    return {
+        "softmax": (t(2, 8),),
+        "layer_norm": (t(2, 8), t(8), t(8)),
+        "rms_norm": (t(2, 8), t(8)),
+        "attention": (t(1, 4, 2, 16), t(1, 4, 1, 16), t(1, 4, 1, 16)),
+        "gelu": (t(2, 8),),
+        "swiglu": (t(2, 8), t(2, 8)),
+        "rope": (t(1, 4, 2, 16), t(4, 8), t(4, 8)),
+        "cross_entropy": (t(3, 8), torch.tensor([0, 7, 2], device=device)),
+    }
+
+
+OPS = list(BACKENDS)
+WITH_TRITON = [op for op in OPS if any(row.name == "triton" for row in BACKENDS[op])]
+WITHOUT = [op for op in OPS if not BACKENDS[op]]
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("argument", "block", "variable", "expected"),
+    [
+        (None, None, None, "auto"),
+        (None, None, "triton", "triton"),
+        (None, None, "reference", "reference"),
+        (None, "triton", "reference", "triton"),
+        (None, "reference", "triton", "reference"),
+        (None, "auto", "triton", "auto"),
+        (None, "auto", "reference", "auto"),
+        ("triton", "reference", "reference", "triton"),
+        ("reference", "triton", "triton", "reference"),
+        ("auto", "triton", "triton", "auto"),
+        ("auto", "reference", "reference", "auto"),
+    ],
+)
+def test_precedence(
+    argument: str | None,
+    block: str | None,
+    variable: str | None,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+) -> None:
+    """Argument > use_backend > LLMFAST_BACKEND > auto, which takes a kernel on a GPU and never the interpreter."""
+    if variable is not None:
+        monkeypatch.setenv("LLMFAST_BACKEND", variable)
+    if expected == "auto":
+        expected = "triton" if device == "cuda" else "reference"
+    if block is None:
+        assert softmax_runs(device, argument) == expected
+    else:
+        with ops.use_backend(block):
+            assert ops.current_backend() == block
+            assert softmax_runs(device, argument) == expected
+    assert ops.current_backend() == (variable or "auto")
+
+
+@needs_triton
+def test_auto_never_takes_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even when every condition but the device holds; and it has nothing to warn of."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("LLMFAST_STRICT", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for op in OPS:
+            assert ran(getattr(ops, op)(*calls("cpu")[op])) == "reference"
+
+
+@needs_triton
+def test_nested_blocks_restore_the_outer_backend(device: str) -> None:
+    with ops.use_backend("triton"):
+        with ops.use_backend("reference"):
+            assert softmax_runs(device) == "reference"
+        assert softmax_runs(device) == "triton"
+        with pytest.raises(KeyError), ops.use_backend("reference"):
+            raise KeyError
+        assert softmax_runs(device) == "triton"
+    assert ops.current_backend() == "auto"
+
+
+def test_threads_do_not_see_each_others_block() -> None:
+    inside, seen = threading.Barrier(3), {}
+
+    def work(name: str | None) -> None:
+        if name is None:
+            inside.wait(10)
+            seen[name] = ops.current_backend()
+            return
+        with ops.use_backend(name):
+            inside.wait(10)
+            seen[name] = ops.current_backend()
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in ("triton", "reference", None)]
+    with ops.use_backend("reference"):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+    assert seen == {"triton": "triton", "reference": "reference", None: "auto"}
+
+
+def by_argument(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ops.softmax(torch.ones(2), backend=name)
+
+
+def by_block(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ops.use_backend(name):
+        pytest.fail("the block must not be entered")
+
+
+def by_variable(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMFAST_BACKEND", name)
+    ops.softmax(torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("ask", "origin"), [(by_argument, "backend="), (by_block, "use_backend"), (by_variable, "LLMFAST_BACKEND")]
+)
+@pytest.mark.parametrize("name", ["tritn", "TRITON", "gpu"])
+def test_unknown_backend(
+    ask: Callable[[str, pytest.MonkeyPatch], None], origin: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError) as raised:
+        ask(name, monkeypatch)
+    message = str(raised.value)
+    assert repr(name) in message and origin in message and "auto, reference, triton" in message
+
+
+# Calls that the Triton backend cannot run, and the reason that it gives.
+REFUSED = {
+    "head_dim": (lambda d: ops.attention(*[torch.randn(1, 3, 1, 257, device=d)] * 3), "supports head_dim up to 256"),
+    "float64-softmax": (lambda d: ops.softmax(torch.randn(2, 5, device=d).double()), "no float64 kernel"),
+    "float64-layer_norm": (lambda d: ops.layer_norm(torch.randn(2, 5, device=d).double()), "no float64 kernel"),
+    "float64-attention": (lambda d: ops.attention(*[torch.randn(1, 3, 1, 8).double().to(d)] * 3), "no float64 kernel"),
+}
+CPU_ONLY = {
+    "bfloat16": (lambda _: ops.softmax(torch.randn(2, 5).bfloat16()), "interpreter computes bfloat16 wrongly"),
+}
+
+
+@needs_triton
+@pytest.mark.parametrize(("call", "reason"), [pytest.param(*v, id=k) for k, v in (REFUSED | CPU_ONLY).items()])
+def test_a_backend_asked_for_runs_or_says_why_not(
+    call: Callable[[str], Tensor], reason: str, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    if device == "cuda" and (call, reason) in CPU_ONLY.values():
+        pytest.skip("the interpreter is for machines without a GPU")
+    torch.manual_seed(0)
+    with ops.use_backend("reference"):
+        expected = call(device)
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BackendFallbackWarning)  # on a GPU there is a kernel to fall back from
+        assert torch.equal(call(device), expected)
+    with ops.use_backend("triton"), pytest.raises(BackendError, match=reason):
+        call(device)
+    monkeypatch.setenv("LLMFAST_BACKEND", "triton")
+    with pytest.raises(BackendError, match=reason):
+        call(device)
+
+
+@needs_triton
+def test_triton_on_a_cpu_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(BackendError, match="softmax: triton runs on cuda, not on cpu.*TRITON_INTERPRET=1.*'auto'"):
+        ops.softmax(torch.ones(2), backend="triton")
+
+
+@pytest.mark.parametrize("op", WITHOUT)
+def test_op_without_the_backend(op: str, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """An argument speaks of this op, so it is refused; a block and the variable speak of all ops."""
+    arguments = calls(device)[op]
+    with pytest.raises(BackendError, match=f"{op}: there is no triton backend"):
+        getattr(ops, op)(*arguments, backend="triton")
+    expected = getattr(ops, op)(*arguments, backend="reference")
+    with ops.use_backend("triton"):
+        assert torch.equal(getattr(ops, op)(*arguments), expected)
+    monkeypatch.setenv("LLMFAST_BACKEND", "triton")
+    assert torch.equal(getattr(ops, op)(*arguments), expected)
+
+
+def broken(name: str) -> tuple[Backend, ...]:
+    """A row of the table whose module is missing; a new name each time, as warnings are said once per reason."""
+    return (Backend("triton", f"llmfast.kernels.{name}", frozenset({"cpu"}), frozenset({torch.float32})),)
+
+
+def test_fallback_warns_once_and_names_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKENDS, "softmax", broken("missing_softmax"))
+    monkeypatch.setitem(BACKENDS, "layer_norm", broken("missing_norm"))
+    x = torch.randn(2, 5)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            assert torch.equal(ops.softmax(x), ops.softmax(x, backend="reference"))
+        assert [w.category for w in said] == [BackendFallbackWarning]
+        ops.layer_norm(x)
+    assert [str(w.message).split(":")[0] for w in said] == ["softmax", "layer_norm"]
+    text = str(said[0].message)
+    assert "triton llmfast.kernels.missing_softmax cannot be imported: ModuleNotFoundError" in text
+    assert {w.filename for w in said} == {__file__}
+
+
+def test_strict_makes_the_fallback_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKENDS, "softmax", broken("missing_in_strict"))
+    x = torch.randn(2, 5)
+    for value in ("1", "yes"):
+        monkeypatch.setenv("LLMFAST_STRICT", value)
+        with pytest.raises(BackendError, match="softmax: strict mode .*missing_in_strict cannot be imported"):
+            ops.softmax(x)
+    ops.softmax(x, backend="reference")  # nothing falls back: the reference was asked for
+    ops.gelu(x)  # nor here: there is no kernel
+    for value in ("0", ""):
+        monkeypatch.setenv("LLMFAST_STRICT", value)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", BackendFallbackWarning)
+            ops.softmax(x)
+
+
+def test_explicit_backend_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKENDS, "softmax", broken("missing_explicit"))
+    with pytest.raises(BackendError, match="missing_explicit cannot be imported: ModuleNotFoundError"):
+        ops.softmax(torch.ones(2), backend="triton")
+
+
+def test_auto_takes_the_first_row_that_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past a row that cannot, without a warning: the reference is not what ran."""
+    good = Backend("triton", "llmfast.ops.reference", frozenset({"cpu"}), frozenset({torch.float32}))
+    monkeypatch.setitem(BACKENDS, "softmax", (*broken("missing_first"), good))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert registry.choose("softmax", None, (torch.ones(2),)) is reference
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_explain_names_every_backend_and_its_reason(op: str, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    names = [*(row.name for row in BACKENDS[op]), "reference"]
+
+    def explained(dtype: torch.dtype) -> list[str]:
+        lines = ops.explain(op, *calls(device, dtype)[op]).splitlines()
+        assert [line.split(": ")[:2] for line in lines] == [[op, name] for name in names]
+        return [line.split(": ", 2)[2] for line in lines]
+
+    *refused, last = explained(torch.float64)
+    assert last == "chosen by auto"
+    assert all(("no float64 kernel" in reason) for reason in refused)
+    if importlib.util.find_spec("triton") and device == "cpu" and op in WITH_TRITON:
+        assert explained(torch.float32) == ["can run", "chosen by auto"]
+        monkeypatch.delenv("TRITON_INTERPRET")
+        assert "runs on cuda, not on cpu" in explained(torch.float32)[0]
+    if device == "cuda" and op in WITH_TRITON:
+        assert explained(torch.float32) == ["chosen by auto", "can run"]
+
+
+@needs_triton
+def test_explain_takes_the_ops_own_keywords(device: str) -> None:
+    q = torch.randn(1, 4, 2, 257, device=device)
+    explained = ops.explain("attention", q, q, q, causal=True, scale=0.5)
+    assert explained == (
+        "attention: triton: supports head_dim up to 256, not 257\nattention: reference: chosen by auto"
+    )
+
+
+def test_explain_refuses_unknown_ops() -> None:
+    with pytest.raises(InputError, match="unknown op 'sofmax'; choose one of: softmax, layer_norm"):
+        ops.explain("sofmax", torch.ones(2))
+
+
+def test_the_table_covers_every_public_op() -> None:
+    functions = {name for name in ops.__all__ if name in vars(reference)}
+    assert functions == set(OPS) == set(calls("cpu")) and len(functions) == 8
+    assert {op for op in OPS if BACKENDS[op]} <= set(autograd.FUNCTIONS)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("op", "row"), [pytest.param(op, row, id=f"{op}-{row.name}") for op in OPS for row in BACKENDS[op]]
+)
+def test_backends_have_the_references_parameters(op: str, row: Backend) -> None:
+    """Modules are named as strings and called by position, which hides a mistake from type checkers."""
+    module = importlib.import_module(row.module)
+    expected = list(inspect.signature(getattr(reference, op)).parameters)
+    assert list(inspect.signature(getattr(module, f"{op}_fwd")).parameters) == expected
+    assert callable(getattr(module, f"{op}_bwd"))
+    if hasattr(module, f"{op}_limits"):
+        assert list(inspect.signature(getattr(module, f"{op}_limits")).parameters) == expected
+
+
+@needs_triton
+@pytest.mark.parametrize("op", WITH_TRITON)
+def test_double_backward_is_refused(op: str, device: str) -> None:
+    """A kernel has no second derivative; a wrong one (zero) would be silent."""
+    arguments = calls(device)[op]
+    out = getattr(ops, op)(*arguments, backend="triton")
+    (grad,) = torch.autograd.grad(out.square().sum(), arguments[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()

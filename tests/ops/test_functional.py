@@ -1,0 +1,132 @@
+"""What the public ops refuse, each by name, and the dtype and shape of what they return."""
+
+import ast
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmfast import ops
+from llmfast.errors import InputError
+from llmfast.ops import functional
+from llmfast.ops.registry import BACKENDS
+
+
+def t(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+    return torch.ones(shape, dtype=dtype, device=device)
+
+
+HALF = torch.float16
+ELSEWHERE = "meta"  # a second device that every machine has
+IDS = torch.tensor([0, 1])
+
+# (call, how its message starts, what else it names)
+WRONG: list[tuple[Callable[[], object], str, str]] = [
+    (lambda: ops.softmax([1.0]), "softmax: x ", "list"),
+    (lambda: ops.softmax(t(2, dtype=torch.int64)), "softmax: x ", "torch.int64"),
+    (lambda: ops.softmax(t()), "softmax: x ", "()"),
+    (lambda: ops.softmax(t(2, 0)), "softmax: x ", "(2, 0)"),
+    (lambda: ops.layer_norm(t(2, 3), 1.0), "layer_norm: weight ", "float"),
+    (lambda: ops.layer_norm(t(2, 3), t(3), t(3, dtype=torch.bool)), "layer_norm: bias ", "torch.bool"),
+    (lambda: ops.layer_norm(t(2, 3), t(3, device=ELSEWHERE)), "layer_norm: weight ", "meta but x on cpu"),
+    (lambda: ops.layer_norm(t()), "layer_norm: x ", "()"),
+    (lambda: ops.layer_norm(t(2, 3), t(2)), "layer_norm: weight ", "(3,)"),
+    (lambda: ops.layer_norm(t(2, 3), t(3), t(1)), "layer_norm: bias ", "(3,)"),
+    (lambda: ops.layer_norm(t(2, 3), t(2, 3)), "layer_norm: weight ", "(2, 3)"),
+    (lambda: ops.layer_norm(t(2, 3), t(3, dtype=HALF)), "layer_norm: weight ", "torch.float16"),
+    (
+        lambda: ops.layer_norm(t(2, 3, dtype=HALF), t(3), t(3, dtype=torch.float64)),
+        "layer_norm: bias ",
+        "torch.float64",
+    ),
+    (lambda: ops.rms_norm(t(2, 3, dtype=torch.int32)), "rms_norm: x ", "torch.int32"),
+    (lambda: ops.rms_norm(t(2, 0)), "rms_norm: x ", "(2, 0)"),
+    (lambda: ops.rms_norm(t(2, 3), t(4)), "rms_norm: weight ", "(3,)"),
+    (lambda: ops.attention(t(1, 2, 3), *[t(1, 2, 1, 3)] * 2), "attention: q ", "(batch, length, heads, head_dim)"),
+    (lambda: ops.attention(*[t(1, 2, 1, 3)] * 2, t(2, 3)), "attention: v ", "(2, 3)"),
+    (lambda: ops.attention(*[t(1, 2, 1, 3)] * 2, "v"), "attention: v ", "str"),
+    (lambda: ops.attention(t(1, 2, 1, 4), *[t(1, 2, 1, 4, dtype=HALF)] * 2), "attention: k ", "torch.float16 but q"),
+    (lambda: ops.attention(t(1, 2, 1, 4), t(1, 2, 1, 4), t(1, 3, 1, 4)), "attention: k ", "(1, 3, 1, 4)"),
+    (lambda: ops.attention(t(2, 2, 1, 4), *[t(1, 2, 1, 4)] * 2), "attention: k ", "(2, Tk, Hkv, 4)"),
+    (lambda: ops.attention(t(1, 2, 1, 4), *[t(1, 2, 1, 8)] * 2), "attention: k ", "(1, Tk, Hkv, 4)"),
+    (lambda: ops.attention(*[t(1, 2, 1, 0)] * 3), "attention: k ", "(1, 2, 1, 0)"),
+    (lambda: ops.attention(t(1, 2, 3, 4), *[t(1, 2, 2, 4)] * 2), "attention: 3 query heads ", "2 key heads"),
+    (lambda: ops.attention(t(1, 2, 3, 4), *[t(1, 2, 0, 4)] * 2), "attention: 3 query heads ", "0 key heads"),
+    (lambda: ops.attention(*[t(1, 2, 1, 4)] * 3, scale=float("inf")), "attention: scale ", "inf"),
+    (lambda: ops.attention(*[t(1, 2, 1, 4)] * 3, scale=float("nan")), "attention: scale ", "nan"),
+    (lambda: ops.gelu(t(2, dtype=torch.int64)), "gelu: x ", "torch.int64"),
+    (lambda: ops.gelu(t(2), approximate="erf"), "gelu: approximate ", "'none' or 'tanh'"),
+    (lambda: ops.swiglu(t(2), t(3)), "swiglu: gate ", "up (3,)"),
+    (lambda: ops.swiglu(t(2), t(2, dtype=HALF)), "swiglu: gate ", "torch.float16"),
+    (lambda: ops.rope(t(1, 2, 4), t(2, 2), t(2, 2)), "rope: x ", "(1, 2, 4)"),
+    (lambda: ops.rope(t(1, 2, 1, 3), t(2, 1), t(2, 1)), "rope: x ", "head_dim even"),
+    (lambda: ops.rope(t(1, 2, 1, 4), t(2, 4), t(2, 2)), "rope: cos ", "(2, 2)"),
+    (lambda: ops.rope(t(1, 2, 1, 4), t(2, 2), t(3, 2)), "rope: sin ", "(2, 2)"),
+    (lambda: ops.cross_entropy(t(2, 4, dtype=torch.int64), IDS), "cross_entropy: logits ", "torch.int64"),
+    (lambda: ops.cross_entropy(t(2, 2, 4), IDS), "cross_entropy: logits ", "(N, V)"),
+    (lambda: ops.cross_entropy(t(3, 4), IDS), "cross_entropy: logits ", "targets (2,)"),
+    (lambda: ops.cross_entropy(t(2, 4), IDS.int()), "cross_entropy: logits ", "torch.int32"),
+    (lambda: ops.explain("nothing"), "unknown op 'nothing'", "cross_entropy"),
+]
+
+
+@pytest.mark.parametrize(("call", "start", "named"), WRONG, ids=[f"{s.strip()}-{n}" for _, s, n in WRONG])
+def test_refuses(call: Callable[[], object], start: str, named: str) -> None:
+    """A wrong argument is an InputError of one line that names the op, the argument and the value."""
+    with pytest.raises(InputError) as raised:
+        call()
+    message = str(raised.value)
+    assert message.startswith(start) and named in message and "\n" not in message
+
+
+def test_the_table_above_covers_every_check() -> None:
+    raised_at = set()
+    for call, _, _ in WRONG:
+        try:
+            call()
+        except InputError as error:
+            raised_at.add(traceback.extract_tb(error.__traceback__)[-1].lineno)
+    tree = ast.parse(Path(functional.__file__).read_text(encoding="utf-8"))
+    checks = {(node.lineno, node.end_lineno) for node in ast.walk(tree) if isinstance(node, ast.Raise)}
+    assert [start for start, end in checks if not any(start <= line <= end for line in raised_at)] == []
+
+
+BACKENDS_OF = [(op, name) for op in BACKENDS for name in (*(row.name for row in BACKENDS[op]), "reference")]
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize(("op", "backend"), BACKENDS_OF)
+def test_results_have_the_inputs_dtype_and_shape(op: str, backend: str, dtype: torch.dtype, device: str) -> None:
+    """Every number of dimensions and an empty one; float32 parameters beside 16-bit values; gradients as leaves."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+        if dtype is torch.float64 or (device == "cpu" and dtype is torch.bfloat16):
+            pytest.skip("refused with a reason")
+
+    def leaf(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype).requires_grad_()
+
+    parameter = torch.promote_types(dtype, torch.float32) if dtype is not torch.float64 else dtype
+    for shape in [(6,), (3, 6), (2, 3, 6), (2, 1, 3, 6), (0, 6)]:
+        if op in ("attention", "rope") and len(shape) != 4:
+            continue
+        leaves = {
+            "softmax": lambda s: [leaf(*s)],
+            "gelu": lambda s: [leaf(*s)],
+            "swiglu": lambda s: [leaf(*s), leaf(*s)],
+            "layer_norm": lambda s: [leaf(*s), leaf(6, dtype=parameter), leaf(6, dtype=parameter)],
+            "rms_norm": lambda s: [leaf(*s), leaf(6, dtype=parameter)],
+            "attention": lambda s: [leaf(2, 3, 4, 6), leaf(2, 5, 2, 6), leaf(2, 5, 2, 6)],
+            "rope": lambda s: [leaf(*s), leaf(1, 3, dtype=parameter), leaf(1, 3, dtype=parameter)],
+            "cross_entropy": lambda s: [leaf(4, 6)],
+        }[op](shape)
+        extra = [torch.tensor([0, 5, -100, 2], device=device)] if op == "cross_entropy" else []
+        out = getattr(ops, op)(*leaves, *extra, backend=backend)
+        assert out.shape == (() if op == "cross_entropy" else leaves[0].shape)
+        assert out.dtype == (parameter if op == "cross_entropy" else dtype)
+        for leaf_, grad in zip(leaves, torch.autograd.grad(out.sum(), leaves), strict=True):
+            assert (grad.shape, grad.dtype) == (leaf_.shape, leaf_.dtype)

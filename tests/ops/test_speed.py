@@ -1,0 +1,71 @@
+"""Times of every op and backend by pytest-benchmark: run with --benchmark-enable; without it each runs once.
+
+No time is asserted. Figures that compare with other libraries, with a cold cache, are those of benchmarks/.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+
+from llmfast.ops.registry import BACKENDS, REFERENCE
+from llmfast.testing.cases import BENCHMARK_CASES, CPU_BENCHMARK_CASES, Case, make_inputs
+
+pytest.importorskip("pytest_benchmark")
+
+CUDA = torch.cuda.is_available()
+# On a GPU one case per op: the first is the smallest, and the larger ones are for benchmarks/.
+CASES = (
+    [case for cases in BENCHMARK_CASES.values() for case in cases[:1]]
+    if CUDA
+    else sum(CPU_BENCHMARK_CASES.values(), [])
+)
+
+
+def backends(case: Case) -> list[str]:
+    """The interpreter's speed says nothing: kernels are timed on their own devices."""
+    device = "cuda" if CUDA else "cpu"
+    return [*(row.name for row in BACKENDS[case.op] if device in row.devices), REFERENCE]
+
+
+EACH = pytest.mark.parametrize(
+    ("case", "backend"),
+    [pytest.param(c, b, id=f"{c.op}-{c.label.replace(' ', '-')}-{b}") for c in CASES for b in backends(c)],
+)
+
+
+def wait() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def prepare(case: Case, benchmark: Any, direction: str) -> list[torch.Tensor]:
+    benchmark.group = f"{case.op} {case.label} {direction}"
+    return make_inputs(case, "cuda" if CUDA else "cpu", torch.bfloat16 if CUDA else torch.float32)
+
+
+@EACH
+def test_forward(case: Case, backend: str, benchmark: Any) -> None:
+    inputs = prepare(case, benchmark, "forward")
+
+    def forward() -> torch.Tensor:
+        with torch.no_grad():
+            out = case.ours(*inputs, backend=backend)
+        wait()
+        return out
+
+    assert benchmark(forward).isfinite().all()
+
+
+@EACH
+def test_backward(case: Case, backend: str, benchmark: Any) -> None:
+    inputs = prepare(case, benchmark, "backward")
+    out = case.ours(*inputs, backend=backend)
+    grad = torch.randn_like(out)
+
+    def backward() -> tuple[torch.Tensor, ...]:
+        grads = torch.autograd.grad(out, inputs, grad, retain_graph=True)
+        wait()
+        return grads
+
+    assert all(g.isfinite().all() for g in benchmark(backward))

@@ -1,0 +1,51 @@
+"""Every kernel compiles for a GPU that is not here, within the limit on spilled registers."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import llmfast
+
+KERNELS = Path(llmfast.__file__).resolve().parents[1] / "kernels"
+
+
+def entry_kernels() -> set[str]:
+    """Names of the functions in kernels/ that are decorated with triton.jit and end in _kernel."""
+    found = set()
+    for file in KERNELS.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+                decorators = [d.func if isinstance(d, ast.Call) else d for d in node.decorator_list]
+                if "triton.jit" in map(ast.unparse, decorators):
+                    found.add(node.name)
+    return found
+
+
+def offline(*options: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own, because Triton's interpreter, which this one may have chosen, compiles nothing."""
+    pytest.importorskip("triton")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(KERNELS.parent), env.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "llmfast.testing.offline", *options]
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+def test_every_kernel_compiles_for_hopper_within_the_limit_on_spills() -> None:
+    done = offline("--arch", "90", "--dtype", "bfloat16")
+    assert "kernels for sm_90" in done.stdout, done.stderr
+    rows = [line for line in done.stdout.splitlines() if " registers " in line]
+    compiled = {row.split()[0] for row in rows}
+    assert len(entry_kernels()) > 8 and compiled == entry_kernels()
+    assert done.returncode == 0, done.stdout
+    registers = [int(re.search(r"registers +(\d+)", row)[1]) for row in rows]
+    assert all(0 < n <= 255 for n in registers) and len(set(registers)) > 5
+
+
+def test_the_limit_on_spills_decides_the_exit_status() -> None:
+    assert offline("--arch", "90", "--op", "softmax", "--max-spill", "-1").returncode == 1
+    assert offline("--arch", "90", "--op", "softmax", "--max-spill", "0").returncode == 0  # row kernels spill nothing
