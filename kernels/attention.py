@@ -47,8 +47,8 @@ def _tiles(q: Tensor, direction: str) -> Tiles:
     return table[direction][64 if q.shape[3] <= 64 else 128 if q.shape[3] <= 128 else 256]
 
 
-# Compiled with Triton 3.6, those for 16-bit types and head dimensions up to 128 on Hopper were the fastest of 7 to 11 on an
-# H200 at 4096 tokens; the others are the largest tiles that spill few registers on sm_90 (float32) and sm_80.
+# With Triton 3.6, those for 16-bit types and head dimensions up to 128 on Hopper were the fastest of 7 to 11 on an H200
+# at 4096 tokens; the others are the largest tiles that spill few registers on sm_90 (float32) and sm_80.
 _FLOAT32 = {
     "fwd": {64: Tiles(64, 32, 8, 1), 128: Tiles(32, 32, 8, 1), 256: Tiles(16, 16, 4, 1)},
     "dkdv": {64: Tiles(32, 32, 8, 1), 128: Tiles(16, 32, 8, 1), 256: Tiles(16, 16, 8, 1)},
@@ -89,8 +89,8 @@ def _store_tile(X, base, first, stride, limit, x, N: tl.constexpr, D: tl.constex
 
 @triton.jit
 def _dot(a, b, acc):
-    """acc + a b. In float32 a tile's sum is made on its own: one chain of additions over all tiles would round off more,
-    and an addition, unlike a multiply-add with 1, the compiler would fold back into that chain."""
+    """acc + a b. In float32 a tile's sum is made on its own: one chain of additions over all tiles would round off
+    more, and an addition, unlike a multiply-add with 1, the compiler would fold back into that chain."""
     if a.dtype == tl.float32:
         return tl.fma(tl.dot(a, b, input_precision="ieee"), 1.0, acc)
     return tl.dot(a, b, acc)
