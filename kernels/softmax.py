@@ -1,6 +1,6 @@
 """Softmax over rows, forward and backward.
 
-A row of up to 32768 elements (16384 backward) is read once and held in registers; a longer one takes two passes, the
+A row of up to 32768 elements is read once and held in registers; a longer one takes two passes, the
 first keeping a running maximum and sum per lane (online softmax, https://arxiv.org/abs/1805.02867). Arithmetic is
 float32. Not supported: float64, and softmax over any dimension but the last.
 """
@@ -11,8 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import as_rows, exponential, row_settings
-
-MAX_BACKWARD_ROW = 16384
 
 
 @triton.jit
@@ -111,7 +109,7 @@ def softmax_bwd(dy: Tensor, y: Tensor) -> Tensor:
         return dx
     rows = as_rows(dy)
     n_rows, n_cols = rows.shape
-    per_program, block, warps = row_settings(n_cols, MAX_BACKWARD_ROW)
+    per_program, block, warps = row_settings(n_cols)
     if n_cols <= block:
         grid = (triton.cdiv(n_rows, per_program),)
         _softmax_bwd_kernel[grid](

@@ -1,4 +1,4 @@
-"""The only module that reads environment variables."""
+"""The only module that reads or sets environment variables."""
 
 import os
 from pathlib import Path
@@ -20,6 +20,14 @@ def cache_dir() -> Path:
     if explicit:
         return Path(explicit)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmfast"
+
+
+def make_cublas_deterministic() -> None:
+    """`CUBLAS_WORKSPACE_CONFIG`: set, unless it is, to what PyTorch demands of deterministic matrix products.
+
+    See https://docs.nvidia.com/cuda/cublas/#results-reproducibility. Works only before the process's first product.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def triton_interpreted() -> bool:

@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 import torch
 
-# Larger than any GPU's L2 cache (an H200's is 60 MB): clearing it evicts everything, and keeps the GPU busy while the
-# host queues the timed work, so that launch gaps are not measured.
-_FLUSH_BYTES = 512 * 2**20
+# Larger than any GPU's L2 cache (an H200's is 60 MB): writing it evicts everything else.
+_FLUSH_BYTES = 256 * 2**20
+# How long the GPU is kept waiting before each timed call, about 1 ms: while it waits the host queues all the call's
+# kernels, so that their times are measured and not the host's (autograd alone takes 0.2 ms to launch a backward pass).
+_WAIT_CYCLES = 2_000_000
 
 
 class Ceilings(NamedTuple):
@@ -37,6 +39,7 @@ def _event_milliseconds(function: Callable[[], object], flush: torch.Tensor, rep
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for start, end in events:
         flush.zero_()
+        torch.cuda._sleep(_WAIT_CYCLES)
         start.record()
         function()
         end.record()

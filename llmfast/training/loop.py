@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .. import __version__
+from .. import __version__, environment
 from ..errors import CheckpointError, InputError, LLMFastError
 from ..models import GPT
 from ..weights import latest, save
@@ -67,6 +67,8 @@ def train(
     """
     config.check_fits(model.config.context_length)
     was_deterministic = torch.are_deterministic_algorithms_enabled()
+    if config.deterministic:
+        environment.make_cublas_deterministic()
     torch.use_deterministic_algorithms(config.deterministic or was_deterministic)
     was_training = model.training
     try:

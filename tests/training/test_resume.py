@@ -39,8 +39,12 @@ def run(
     kill_at: int | None = None,
     corpus_hash: str = "c",
     dropout: float = 0.2,
+    device: str = "cpu",
 ) -> Silent:
-    """Train the tiny preset with dropout. Evaluations give `bpb` in turn; fetching batch `kill_at` kills."""
+    """Train the tiny preset with dropout. Evaluations give `bpb` in turn; fetching batch `kill_at` kills.
+
+    On a GPU in bfloat16 and deterministically: there, PyTorch's own kernels repeat their bits only when asked to.
+    """
 
     def batches(index: int) -> torch.Tensor:
         if index == kill_at:
@@ -48,10 +52,17 @@ def run(
         return torch.randint(0, 512, (2, 33), generator=torch.Generator().manual_seed(index))
 
     config = TrainConfig(
-        max_steps=STEPS, batch_size=2, accumulation=2, context=32, warmup_steps=3, save_every=4, eval_every=4
+        max_steps=STEPS,
+        batch_size=2,
+        accumulation=2,
+        context=32,
+        warmup_steps=3,
+        save_every=4,
+        eval_every=4,
+        deterministic=device != "cpu",
     )
     torch.manual_seed(1)
-    model = GPT(preset("tiny", dropout=dropout))
+    model = GPT(preset("tiny", dropout=dropout), torch.float32 if device == "cpu" else torch.bfloat16).to(device)
     values = iter(bpb)
     report = Silent()
     train(
@@ -78,16 +89,22 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Killed while it fetches a batch of step 11, after the checkpoint of step 8."""
     path = tmp_path_factory.mktemp("killed")
+    assert in_a_process(path, kill_at=21) == -signal.SIGKILL
+    assert sorted(p.name for p in (path / "checkpoints").iterdir()) == ["step-4", "step-8"]
+    return path
+
+
+def in_a_process(path: Path, **options: object) -> int:
+    """`run` in a process of its own; its exit status, with what it printed if that is an error of its own."""
     code = (
         "import importlib.util, pathlib, sys\n"
         f"spec = importlib.util.spec_from_file_location('test_resume', {__file__!r})\n"
         "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
-        f"module.run(pathlib.Path({str(path)!r}), kill_at=21)"
+        f"module.run(pathlib.Path({str(path)!r}), **{options!r})"
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert process.returncode == -signal.SIGKILL, process.stderr
-    assert sorted(p.name for p in (path / "checkpoints").iterdir()) == ["step-4", "step-8"]
-    return path
+    assert process.returncode <= 0, process.stderr
+    return process.returncode
 
 
 def trained(run_dir: Path) -> list[tuple]:
@@ -142,3 +159,11 @@ def test_resuming_with_another_corpus_or_model_is_refused(killed: Path) -> None:
 def test_nothing_to_resume(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         run(tmp_path, resume=True)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_too(tmp_path: Path) -> None:
+    assert in_a_process(tmp_path / "whole", device="cuda") == 0
+    assert in_a_process(tmp_path / "killed", device="cuda", kill_at=21) == -signal.SIGKILL
+    assert in_a_process(tmp_path / "killed", device="cuda", resume=True, bpb=(3.0, 5.0, 2.0)) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
