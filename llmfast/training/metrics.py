@@ -141,10 +141,6 @@ def _draw_ladder(axes: Any, ladder: Sequence[tuple[str, float]], model: Sequence
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Exponential moving average over about a fiftieth of the curve, unbiased at its start as in Adam."""
-    decay = 1.0 - 1.0 / max(1.0, len(values) / 50)
-    smooth, average = np.empty_like(values), 0.0
-    for i, value in enumerate(values):
-        average = decay * average + (1.0 - decay) * value
-        smooth[i] = average / (1.0 - decay ** (i + 1))
-    return smooth
+    """Moving average over a fiftieth of the curve around each point, of what there is of it at the ends."""
+    window = np.ones(max(1, len(values) // 50))
+    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")

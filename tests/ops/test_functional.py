@@ -69,6 +69,8 @@ WRONG: list[tuple[Callable[[], object], str, str]] = [
     (lambda: ops.cross_entropy(t(2, 2, 4), IDS), "cross_entropy: logits ", "(N, V)"),
     (lambda: ops.cross_entropy(t(3, 4), IDS), "cross_entropy: logits ", "targets (2,)"),
     (lambda: ops.cross_entropy(t(2, 4), IDS.int()), "cross_entropy: logits ", "torch.int32"),
+    (lambda: ops.cross_entropy(t(2, 4), [0, 1]), "cross_entropy: targets ", "not list"),
+    (lambda: ops.cross_entropy(t(2, 4), IDS.to("meta")), "cross_entropy: targets ", "on meta but logits on cpu"),
     (lambda: ops.explain("nothing"), "unknown op 'nothing'", "cross_entropy"),
 ]
 
