@@ -1,6 +1,7 @@
 """What the machine is: the device, its published peaks, and the versions of what runs on it."""
 
 import functools
+import os
 import platform
 import re
 from collections.abc import Mapping
@@ -83,7 +84,7 @@ def describe(device: torch.device | None = None) -> Device:
     device = default_device() if device is None else device
     if device.type != "cuda":
         name = _cpu_capabilities().get("cpu_name") or platform.processor() or platform.machine()
-        return Device(device.type, name, None, None, None, None, None)
+        return Device(device.type, f"{name}, {os.cpu_count()} cores", None, None, None, None, None)
     properties = torch.cuda.get_device_properties(device)
     flops, bytes_per_s, _ = PEAKS.get(properties.name, (None, None, None))
     return Device(

@@ -29,6 +29,9 @@ from .generate import stream
 from .plan import DTYPES, Plan, describe, make_plan
 from .runs import RUNS, load_model, newest_run, read_config
 
+# What the finished model continues. No space at its end: in a byte-level vocabulary a space belongs to the next token.
+SAMPLE_PROMPT = "import os\n\n\ndef"
+
 
 def train(
     data: Annotated[
@@ -112,6 +115,8 @@ def _run(plan: Plan, data: Dataset, run_dir: Path, resume: bool, device: torch.d
     torch.manual_seed(training.seed)
     model = GPT(plan.model, DTYPES[plan.dtype]).to(device)
     record: dict[str, Any] = {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "corpus": {"source": data.manifest.source, "hash": data.manifest.corpus_hash},
         "versions": hardware.versions(),
         "device": asdict(properties),
         "backend": ops.current_backend(),
@@ -166,16 +171,17 @@ def _finish(
     model, tokenizer = load_model(run_dir, device, DTYPES[plan.dtype], warn)
     with console.status("scoring the validation text"):
         bpb = _evaluate(model, data, plan, None, max(1, plan.training.context // 2))
-    record["result"]["val_bpb"] = bpb
-    _write_json(run_dir / "record.json", record)
     rungs = read_ladder(data, console)
+    record["result"]["val_bpb"] = bpb
+    record["ladder"] = {rung.name: rung.bits_per_byte for rung in rungs}
+    _write_json(run_dir / "record.json", record)
     # The curve's points score only the first eval_tokens; this line is what compares with the others.
     ladder = [*((rung.name, rung.bits_per_byte) for rung in rungs), ("model, whole text", bpb)]
     draw_loss(read_metrics(run_dir / "metrics.jsonl"), ladder, run_dir / "loss.png")
     name = f"{plan.preset}, {result.step:,} steps"
     console.print(_ladder_table([*rungs, Rung(name, bpb, record["result"]["seconds"])], name))
     console.print(f"loss curve: {run_dir / 'loss.png'}\n", highlight=False, soft_wrap=True)
-    stream(model, tokenizer, "def ", max_tokens=100)
+    stream(model, tokenizer, SAMPLE_PROMPT, max_tokens=100)
 
 
 def _evaluate(model: GPT, data: Dataset, plan: Plan, n_tokens: int | None, stride: int) -> float:

@@ -42,7 +42,7 @@ PRESETS: dict[str, Config] = {
     "gpt2-large": _gpt2(36, 20, 1280),  # 774M
     "gpt2-xl": _gpt2(48, 25, 1600),  # 1.5B
     "tiny": _small(512, 128, 2, 2, 32),  # 0.1M: tests
-    "mini": _small(4096, 256, 4, 4, 64),  # 4M: minutes on a CPU
+    "mini": _small(4096, 256, 4, 3, 64),  # 2.6M: minutes on a CPU
     "small": _small(8192, 1024, 8, 8, 64, dropout=0.3),  # 29M: minutes on a GPU
 }
 

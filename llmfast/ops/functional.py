@@ -96,7 +96,9 @@ def _run(op: str, backend: str | None, args: tuple[Any, ...]) -> Tensor:
     kernels = registry.choose(op, backend, args)
     if kernels is None:
         return getattr(reference, op)(*args)
-    return autograd.FUNCTIONS[op].apply(kernels, *args)  # pyright: ignore[reportReturnType]
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device_of(args[0]):
+        return autograd.FUNCTIONS[op].apply(kernels, *args)  # pyright: ignore[reportReturnType]
 
 
 def _check_float(op: str, *, optional: tuple[str, ...] = (), **tensors: Tensor | None) -> None:

@@ -177,3 +177,14 @@ def test_backward_is_bitwise_repeatable(case: Case, backend: str, device: str) -
     for _ in range(3):
         again = torch.autograd.grad(out, inputs, grad, retain_graph=True)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("backend", COVERED["softmax"])
+@pytest.mark.parametrize("cols", [50, 40_000])
+def test_softmax_of_large_values(backend: str, cols: int, device: str) -> None:
+    """Values of +-1000, whose exponentials overflow unless the row's maximum is taken off first."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    x = 300 * torch.randn(4, cols, device=device)
+    torch.testing.assert_close(ops.softmax(x, backend=backend), torch.softmax(x, -1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ops.softmax(x - 1e4, backend=backend), torch.softmax(x - 1e4, -1), rtol=1e-5, atol=1e-6)
