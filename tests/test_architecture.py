@@ -28,6 +28,7 @@ FLOORS = {
     "hardware": 1,
     "errors": 0,
     "environment": 0,
+    "files": 0,
     "kernels": 0,
 }
 # llmfast/__init__.py re-exports the models and the ops, and nothing else may be behind it.

@@ -1,10 +1,10 @@
 """Text sources -> a folder of token shards -> stateless batches."""
 
-from llmfast.data.dataset import Dataset
-from llmfast.data.manifest import Manifest, Split
-from llmfast.data.prepare import prepare
-from llmfast.data.shards import open_shard, write_shard
-from llmfast.data.sources import Corpus, Document, read_source
+from .dataset import Dataset
+from .manifest import Manifest, Split
+from .prepare import prepare
+from .shards import open_shard, write_shard
+from .sources import Corpus, Document, read_source
 
 __all__ = [
     "Corpus",

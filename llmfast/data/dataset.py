@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from llmfast.data.atomic import file_sha256
-from llmfast.data.manifest import TOKENIZER_NAME, Manifest
-from llmfast.data.shards import open_shard
-from llmfast.errors import InputError
-from llmfast.tokenizers import Tokenizer
+from ..errors import InputError
+from ..files import file_sha256
+from ..tokenizers import Tokenizer
+from .manifest import TOKENIZER_NAME, Manifest
+from .shards import open_shard
 
 
 class Dataset:

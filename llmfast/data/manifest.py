@@ -5,8 +5,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from llmfast.data.atomic import write_atomic
-from llmfast.errors import InputError
+from ..errors import InputError
+from ..files import write_atomic
 
 FORMAT = "llmfast-data"
 FORMAT_VERSION = 1

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from llmfast.data.atomic import file_sha256, staged_folder
-from llmfast.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, Split
-from llmfast.data.shards import token_dtype, write_shard
-from llmfast.data.sources import Document, read_source
-from llmfast.errors import InputError
-from llmfast.tokenizers import Tokenizer
+from ..errors import InputError
+from ..files import file_sha256, staged_folder
+from ..tokenizers import Tokenizer
+from .manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, Split
+from .shards import token_dtype, write_shard
+from .sources import Document, read_source
 
 Progress = Callable[[str, float], None]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llmfast.data.atomic import write_atomic
-from llmfast.errors import InputError
+from ..errors import InputError
+from ..files import write_atomic
 
 MAGIC = b"LLMFTOK\0"
 VERSION = 1

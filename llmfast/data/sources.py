@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llmfast.errors import InputError
+from ..errors import InputError
 
 STDLIB = "stdlib"
 

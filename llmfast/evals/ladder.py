@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmfast.errors import InputError
+from ..errors import InputError
 
 # The encoder's limit; https://github.com/tukaani-project/xz/blob/master/src/liblzma/api/lzma/lzma12.h
 _LARGEST_XZ_WINDOW = 1536 * 2**20

@@ -1,5 +1,5 @@
 """Text to token ids and back, losslessly."""
 
-from llmfast.tokenizers.bpe import END_OF_TEXT, StreamDecoder, Tokenizer
+from .bpe import END_OF_TEXT, StreamDecoder, Tokenizer
 
 __all__ = ["END_OF_TEXT", "StreamDecoder", "Tokenizer"]

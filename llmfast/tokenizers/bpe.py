@@ -3,7 +3,6 @@
 import codecs
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import tokenizers as hf
 
-from llmfast.errors import InputError
+from ..errors import InputError
+from ..files import write_atomic
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -87,12 +87,7 @@ class Tokenizer:
         path = Path(path)
         if path.is_dir():
             path = path / "tokenizer.json"
-        temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(self._backend.to_str())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_atomic(path, self._backend.to_str().encode())
 
     @property
     def vocab_size(self) -> int:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import CheckpointError, InputError
+from ..files import file_sha256, sync_folder
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -117,7 +118,7 @@ def _write_files(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dic
         files[f"{name}.safetensors"] = _write(folder / f"{name}.safetensors", data)
     files[STATE] = _write(folder / STATE, json.dumps(state, indent=1).encode())
     _write(folder / MANIFEST, json.dumps({"files": files}, indent=1).encode())
-    _fsync_folder(folder)
+    sync_folder(folder)
 
 
 def _write(path: Path, data: bytes) -> dict[str, Any]:
@@ -137,17 +138,9 @@ def _publish(temporary: Path, final: Path) -> None:
     if final.exists():
         os.rename(final, replaced)
     os.rename(temporary, final)
-    _fsync_folder(final.parent)
+    sync_folder(final.parent)
     if replaced.exists():
         shutil.rmtree(replaced)
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove_unfinished(root: Path) -> None:
@@ -172,6 +165,5 @@ def _verify(path: Path, size: int, sha256: str) -> None:
     actual = path.stat().st_size
     if actual != size:
         raise CheckpointError(f"{path}: has {actual} bytes instead of {size}; use another checkpoint")
-    with open(path, "rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-            raise CheckpointError(f"{path}: its contents changed (sha256 differs); use another checkpoint")
+    if file_sha256(path) != sha256:
+        raise CheckpointError(f"{path}: its contents changed (sha256 differs); use another checkpoint")

@@ -20,7 +20,7 @@ def write_atomic(path: Path, *parts: bytes | memoryview) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def staged_folder(out: Path) -> Iterator[Path]:
     staging.mkdir()
     try:
         yield staging
-        _sync_folder(staging)
+        sync_folder(staging)
         if out.exists():
             out.rename(replaced)
         try:
@@ -47,7 +47,7 @@ def staged_folder(out: Path) -> Iterator[Path]:
             if replaced.exists():
                 replaced.rename(out)
             raise
-        _sync_folder(out.parent)
+        sync_folder(out.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)
@@ -59,7 +59,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Makes the names in `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
