@@ -19,6 +19,9 @@ class GPT(nn.Module):
     Parameters are float32; activations are in `compute_dtype`, float32 by default.
     """
 
+    rotary_cos: Tensor
+    rotary_sin: Tensor
+
     def __init__(self, config: Config, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype

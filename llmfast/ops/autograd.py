@@ -21,9 +21,9 @@ class Softmax(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (y,) = ctx.saved_tensors
-        return None, ctx.kernels.softmax_bwd(grads[0], y)
+        return None, ctx.kernels.softmax_bwd(grad_outputs[0], y)
 
 
 class LayerNorm(torch.autograd.Function):
@@ -39,9 +39,9 @@ class LayerNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, mean, rstd = ctx.saved_tensors
-        dx, dw, db = ctx.kernels.layer_norm_bwd(grads[0], x, weight, mean, rstd, ctx.has_bias)
+        dx, dw, db = ctx.kernels.layer_norm_bwd(grad_outputs[0], x, weight, mean, rstd, ctx.has_bias)
         return None, dx, dw, db, None
 
 
@@ -55,8 +55,8 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dq, dk, dv = ctx.kernels.attention_bwd(grads[0], *ctx.saved_tensors, ctx.causal, ctx.scale)
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        dq, dk, dv = ctx.kernels.attention_bwd(grad_outputs[0], *ctx.saved_tensors, ctx.causal, ctx.scale)
         return None, dq, dk, dv, None, None
 
 

@@ -44,11 +44,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Te
     qh = q.to(acc).transpose(1, 2).unflatten(1, (kv_heads, group))  # (B, Hkv, G, Tq, D)
     kh, vh = (t.to(acc).transpose(1, 2).unsqueeze(2) for t in (k, v))  # (B, Hkv, 1, Tk, D)
     scores = qh @ kh.transpose(-1, -2) * scale
+    hidden = None
     if causal:
         hidden = torch.ones(n_queries, n_keys, dtype=torch.bool, device=q.device).triu(1 + n_keys - n_queries)
         scores = scores.masked_fill(hidden, float("-inf"))
     probabilities = torch.softmax(scores, dim=-1)
-    if causal and n_keys < n_queries:  # only then does a row see nothing, and its softmax is 0 / 0
+    if hidden is not None and n_keys < n_queries:  # only then does a row see nothing, and its softmax is 0 / 0
         probabilities = probabilities.masked_fill(hidden.all(-1, keepdim=True), 0.0)
     out = (probabilities @ vh).flatten(1, 2).transpose(1, 2)
     return out.to(q.dtype)

@@ -7,7 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +176,7 @@ def _time(
         if ours:
             raise
         message = (str(error).splitlines() or [""])[0][:120]
-        return Row(**(asdict(empty) | {"note": f"{type(error).__name__}: {message}"}))
+        return replace(empty, note=f"{type(error).__name__}: {message}")
     work = case.work(direction, inputs[0].element_size())
     bound = work.flops > 0
     rate = (work.flops if bound else work.bytes) / (ms * 1e-3)
