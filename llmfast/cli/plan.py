@@ -81,7 +81,7 @@ def describe(plan: Plan) -> str:
     """Parameters, memory and tokens per step, a line each."""
     training = plan.training
     shape = f"{training.batch_size} sequences x {training.accumulation} batches x {training.context} tokens"
-    budget = "" if training.budget_seconds is None else f", at most {training.budget_seconds / 60:g} minutes"
+    budget = "" if training.budget_seconds is None else f", at most {training.budget_seconds / 60:g} min"
     return "\n".join(
         (
             f"model: {plan.preset}, {plan.model.n_params:,} parameters, vocabulary {plan.model.vocab_size:,}",

@@ -29,8 +29,7 @@ from .generate import stream
 from .plan import DTYPES, Plan, describe, make_plan
 from .runs import RUNS, load_model, newest_run, read_config
 
-# What the finished model continues. No space at its end: in a byte-level vocabulary a space belongs to the next token.
-SAMPLE_PROMPT = "import os\n\n\ndef"
+SAMPLE_PROMPT_TOKENS = 24  # of the validation text, which the finished model continues
 
 
 def train(
@@ -181,7 +180,7 @@ def _finish(
     name = f"{plan.preset}, {result.step:,} steps"
     console.print(_ladder_table([*rungs, Rung(name, bpb, record["result"]["seconds"])], name))
     console.print(f"loss curve: {run_dir / 'loss.png'}\n", highlight=False, soft_wrap=True)
-    stream(model, tokenizer, SAMPLE_PROMPT, max_tokens=100)
+    stream(model, tokenizer, tokenizer.decode(data.tokens("val")[:SAMPLE_PROMPT_TOKENS]), max_tokens=100)
 
 
 def _evaluate(model: GPT, data: Dataset, plan: Plan, n_tokens: int | None, stride: int) -> float:

@@ -16,6 +16,7 @@ import torch
 
 from llmfast import __version__
 from llmfast.cli.main import COMMANDS, main
+from llmfast.data import Dataset
 from llmfast.training.metrics import read_metrics
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -89,7 +90,10 @@ def test_main_job_in_small_then_generate(text: Path, tmp_path: Path, monkeypatch
     rows = ladder(out)
     assert rows["tiny, 20 steps"] == pytest.approx(record["result"]["val_bpb"], abs=1e-3)
     assert rows["unigram"] < rows["gzip -9"] + 5 and "trigram" in rows
-    assert "\n\ndef" in out.split("loss curve")[1]  # the sample continues its prompt
+    dataset = Dataset.open(json.loads((run / "config.json").read_text())["data"])
+    prompt = dataset.tokenizer.decode(dataset.tokens("val")[:24])
+    sample = out.split("loss.png\n\n")[1]
+    assert sample.startswith(prompt) and len(sample) > len(prompt) + 1
 
     code, first, err = cli("generate", run, "w1 w2", "--max-tokens", 12, "--seed", 3)
     assert (code, err) == (0, "")
