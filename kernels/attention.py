@@ -18,6 +18,7 @@ from torch import Tensor
 from ._common import LOG2E, architecture, exponential
 
 MAX_HEAD_DIM = 256
+MAX_ROW_STRIDE = 2**23  # times the 128 rows of a tile
 # Lengths and head counts change from call to call: specialising on them would compile again for no speed.
 SIZES = ("heads", "group", "n_queries", "n_keys")
 
@@ -357,9 +358,10 @@ def _attention_dq_kernel(
     _store_tile(DQ, b * dq_sb + h * dq_sh, m0, dq_st, n_queries, dq * scale, BLOCK_M, D, BLOCK_D)
 
 
-def _unit_stride(x: Tensor) -> Tensor:
-    """x with unit stride in its last dimension, as the kernels assume: itself, or a copy."""
-    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+def _readable(x: Tensor) -> Tensor:
+    """x itself, or a copy: the last dimension must have unit stride, and offsets inside a tile must fit 32 bits."""
+    unit = x.stride(3) == 1 or x.shape[3] == 1
+    return x if unit and x.stride(1) < MAX_ROW_STRIDE else x.contiguous()
 
 
 def _positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
@@ -388,7 +390,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -
     log-sum-exp the rounding of a large m would take what the sum adds.
     """
     q, scale = _positive_scale(q, scale)
-    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    q, k, v = _readable(q), _readable(k), _readable(v)
     batch, n_queries, heads, head_dim = q.shape
     n_keys, group = k.shape[1], heads // k.shape[2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -415,7 +417,7 @@ def attention_bwd(
         return dq.zero_(), dk.zero_(), dv.zero_()
     sign = math.copysign(1.0, scale) if scale else 0.0
     q, scale = _positive_scale(q, scale)
-    dout, q, k, v = _unit_stride(dout), _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    dout, q, k, v = _readable(dout), _readable(q), _readable(k), _readable(v)
     rows = torch.empty((3, *statistics.shape[1:]), dtype=torch.float32, device=q.device)
     delta, base, norm = rows
     block_d = max(16, triton.next_power_of_2(head_dim))

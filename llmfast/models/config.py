@@ -1,5 +1,6 @@
 """The shape of a decoder: every behaviour of the model is a field here."""
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -44,14 +45,19 @@ class Config:
                 raise InputError(
                     f"Config.{name} is {getattr(self, name)!r}; choose one of: {', '.join(get_args(choices))}"
                 )
-        if not self.norm_eps > 0.0:
-            raise InputError(f"Config.norm_eps is {self.norm_eps}; it must be positive")
+        for name in ("norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0.0 < value < math.inf:
+                raise InputError(f"Config.{name} is {value!r}; it must be positive and finite")
+        for name in ("bias", "tie_embeddings"):
+            if type(getattr(self, name)) is not bool:
+                raise InputError(f"Config.{name} is {getattr(self, name)!r}; it must be True or False")
         if self.n_head % self.n_kv_head:
             raise InputError(f"Config.n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
         if self.position == "rope" and self.head_dim % 2:
             raise InputError(f"Config.head_dim is {self.head_dim}; rotary positions need an even one")
-        if not 0.0 <= self.dropout < 1.0:
-            raise InputError(f"Config.dropout is {self.dropout}; it must be in [0, 1)")
+        if type(self.dropout) not in (int, float) or not 0.0 <= self.dropout < 1.0:
+            raise InputError(f"Config.dropout is {self.dropout!r}; it must be in [0, 1)")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -35,6 +35,7 @@ class GPT(nn.Module):
         cos, sin = _rotary_table(config) if config.position == "rope" else (None, None)
         self.register_buffer("rotary_cos", cos, persistent=False)
         self.register_buffer("rotary_sin", sin, persistent=False)
+        self.register_load_state_dict_post_hook(_refill_rotary_table)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -73,6 +74,15 @@ class GPT(nn.Module):
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of predicting targets (B, T) from ids (B, T); -100 in targets is left out."""
         return ops.cross_entropy(self(ids).flatten(0, 1), targets.flatten())
+
+
+def _refill_rotary_table(model: nn.Module, _: object) -> None:
+    """After loading: a model made on the meta device has weights now, but the tables are in no checkpoint."""
+    assert isinstance(model, GPT)
+    if model.config.position == "rope":
+        cos, sin = _rotary_table(model.config)
+        model.rotary_cos.copy_(cos)
+        model.rotary_sin.copy_(sin)
 
 
 def _rotary_table(config: Config) -> tuple[Tensor, Tensor]:

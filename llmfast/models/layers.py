@@ -27,9 +27,14 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.d_model)) if config.norm == "layer_norm" else None
 
     def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (
+            # The kernels read float32 parameters as they are, whatever the input's dtype.
+            p if p is None or p.dtype in (x.dtype, torch.float32) else p.to(x.dtype)
+            for p in (self.weight, self.bias)
+        )
         if self.kind == "layer_norm":
-            return ops.layer_norm(x, self.weight, self.bias, self.eps)
-        return ops.rms_norm(x, self.weight, self.eps)
+            return ops.layer_norm(x, weight, bias, self.eps)
+        return ops.rms_norm(x, weight, self.eps)
 
 
 class Attention(nn.Module):

@@ -78,17 +78,18 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100, 
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> str:
-    """Every backend of `op` for this call, a line each: whether auto chooses it, or why it cannot run.
+    """Every backend of `op` for this call, a line each: whether it is chosen, and by what, or why it cannot run.
 
     Takes the arguments of the op, without `backend=`.
     """
     if op not in _ARGS:
         raise InputError(f"unknown op {op!r}; choose one of: {', '.join(_ARGS)}")
     full = _ARGS[op](*args, **kwargs)
-    by_auto = registry.auto(op, full)
+    chosen, asked = registry.chosen(op, full), registry.current_backend()
+    how = "chosen by auto" if asked == registry.AUTO else f"chosen, as {asked} is asked for"
     lines = []
     for name, reason in registry.reasons(op, full).items():
-        lines.append(f"{op}: {name}: {reason or ('chosen by auto' if name == by_auto else 'can run')}")
+        lines.append(f"{op}: {name}: {reason or ('can run' if name != chosen else how)}")
     return "\n".join(lines)
 
 
@@ -127,7 +128,8 @@ def _check_row(op: str, x: Tensor, **parameters: Tensor | None) -> None:
                 f"{op}: {name} has shape {tuple(p.shape)}; it must be ({x.shape[-1]},), as x's last dimension"
             )
         if p.dtype not in (x.dtype, torch.float32):
-            raise InputError(f"{op}: {name} has dtype {p.dtype}; it must be x's {x.dtype} or torch.float32")
+            allowed = " or ".join(dict.fromkeys((str(x.dtype), "torch.float32")))
+            raise InputError(f"{op}: {name} has dtype {p.dtype}; with this x it must be {allowed}")
 
 
 def _softmax_args(x: Tensor) -> tuple[Any, ...]:

@@ -155,13 +155,13 @@ def choose(op: str, requested: str | None, args: tuple[Any, ...]) -> ModuleType 
     return None
 
 
-def auto(op: str, args: tuple[Any, ...]) -> str:
-    """The name of the backend that auto would choose for this call."""
-    device = args[0].device.type
-    for row in BACKENDS[op]:
-        if device in row.devices and _why_not(op, row, args) is None:
-            return row.name
-    return REFERENCE
+def chosen(op: str, args: tuple[Any, ...]) -> str:
+    """The name of the backend that a call without `backend=` asks for here and now."""
+    name, device = current_backend(), args[0].device.type
+    if name != AUTO:
+        return name if name in {row.name for row in BACKENDS[op]} else REFERENCE
+    able = (row.name for row in BACKENDS[op] if device in row.devices and _why_not(op, row, args) is None)
+    return next(able, REFERENCE)
 
 
 def reasons(op: str, args: tuple[Any, ...]) -> dict[str, str | None]:

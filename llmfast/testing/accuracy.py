@@ -39,7 +39,7 @@ def compare(case: Case, inputs: list[Tensor], grad: Tensor, backend: str) -> lis
     truth = run(lambda *t: case.ours(*t, backend="reference"), probed, case.probe(grad), torch.float64)
     magnitude = case.amplification * max(_largest(t) for t in (*probed, grad))
     return [
-        _compare(name, case.probe(o), case.probe(p), t, magnitude, case.looseness(o.dtype))
+        _compare(name, case.probe(o), case.probe(p), t, magnitude, case.looseness(o))
         for name, o, p, t in zip(names, ours, peer, truth, strict=True)
     ]
 

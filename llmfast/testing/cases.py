@@ -46,7 +46,7 @@ class RowCase:
         """How far the op can magnify a rounding error of its input: 1/sqrt(eps) for a constant row's normalisation."""
         return 1e-5**-0.5 if self.op == "layer_norm" else 1.0
 
-    def looseness(self, dtype: torch.dtype) -> float:
+    def looseness(self, result: Tensor) -> float:
         """How many times PyTorch's error is allowed."""
         return 2.0
 
@@ -83,13 +83,15 @@ class AttentionCase:
     op: str = "attention"
     amplification: float = 1.0
 
-    def looseness(self, dtype: torch.dtype) -> float:
-        """How many times PyTorch's error is allowed.
+    def looseness(self, result: Tensor) -> float:
+        """How many times PyTorch's error is allowed: 2, and 3 in float32 in two cases.
 
-        3 for a single float32 query: PyTorch runs that as matrix-vector products, which sum in a tree, while a tile
-        sums in a chain of head_dim products (its error grows with the root; 3.6 against 0.9 ulp on an H200).
+        A single query: PyTorch runs that as matrix-vector products, which sum in a tree, while a tile sums in a chain
+        of head_dim products (its error grows with the root; 3.6 against 0.9 ulp on an H200). And in the interpreter,
+        whose BLAS rounds the k q^T of the backward pass otherwise than the q k^T of the forward pass.
         """
-        return 3.0 if self.n_queries == 1 and dtype == torch.float32 else 2.0
+        exact = result.dtype == torch.float32 and (self.n_queries == 1 or not result.is_cuda)
+        return 3.0 if exact else 2.0
 
     @property
     def label(self) -> str:

@@ -107,7 +107,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", type=int, default=90, help="compute capability, as 80, 86, 89, 90, 100")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--max-spill", type=int, default=128, help="bytes of stack a thread that a kernel may use")
+    parser.add_argument("--max-spill", type=int, default=256, help="bytes of stack a thread that a kernel may use")
     parser.add_argument("--op", choices=list(BENCHMARK_CASES), help="only this op")
     options = parser.parse_args()
     rows = [

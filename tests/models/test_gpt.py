@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from llmfast.errors import InputError
-from llmfast.models import GPT, Config, KVCache
+from llmfast.models import GPT, Config, KVCache, preset
 
 VOCAB, CONTEXT = 61, 12
 
@@ -290,3 +290,26 @@ def test_loss_is_the_mean_over_the_targets_kept() -> None:
 def test_loss_before_training_is_that_of_guessing(shape: Config) -> None:
     torch.manual_seed(0)
     assert GPT(shape).loss(ids(8), ids(8, seed=2)).item() == pytest.approx(math.log(VOCAB), rel=0.02)
+
+
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_made_on_the_meta_device_and_loaded(position: str) -> None:
+    config = preset("tiny", position=position)
+    source = GPT(config).eval()
+    with torch.device("meta"):
+        model = GPT(config).eval()
+    model.to_empty(device="cpu")
+    model.load_state_dict(source.state_dict())
+    ids = torch.randint(0, config.vocab_size, (1, 9))
+    assert torch.equal(model(ids), source(ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_weights_in_another_dtype(dtype: torch.dtype) -> None:
+    """A model cast as a whole still computes in its compute_dtype."""
+    model = GPT(preset("tiny")).eval()
+    ids = torch.randint(0, model.config.vocab_size, (1, 9))
+    expected = model(ids)
+    logits = model.to(dtype)(ids)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0.02 if dtype is torch.bfloat16 else 1e-5)
