@@ -10,16 +10,21 @@ from rich.console import Console
 
 from .. import environment
 from ..data import Dataset, Manifest, prepare
-from ..errors import InputError
+from ..data.sources import STDLIB, check_source
 from ..evals import Rung, ladder
+from ..files import write_atomic
 
-STDLIB = "stdlib"
+
+def is_data_folder(source: str) -> bool:
+    """Whether `source` names a prepared data folder."""
+    return source not in ("", STDLIB) and Manifest.is_in(Path(source))
 
 
 def open_data(source: str, vocab_size: int, console: Console) -> Dataset:
     """`source` as a data folder: itself if it is one, else prepared in the cache unless it is there already."""
-    if source != STDLIB and Manifest.is_in(Path(source)):
+    if is_data_folder(source):
         return Dataset.open(source)
+    check_source(source)
     folder = environment.cache_dir() / "data" / _key(source, vocab_size)
     if not Manifest.is_in(folder):
         console.print(f"preparing {source} in {folder}", highlight=False, markup=False, soft_wrap=True)
@@ -37,8 +42,8 @@ def read_ladder(data: Dataset, console: Console) -> list[Rung]:
     """The baselines of `data`, from the cache if these texts and this tokenizer were measured before."""
     key = f"{data.manifest.corpus_hash[:16]}-{data.manifest.tokenizer_fingerprint[:16]}.json"
     path = environment.cache_dir() / "ladders" / key
-    if path.is_file():
-        return [Rung(**rung) for rung in json.loads(path.read_text(encoding="utf-8"))]
+    if cached := _read_rungs(path):
+        return cached
     with console.status("measuring the baselines"):
         rungs = ladder(
             data.tokens("train"),
@@ -48,11 +53,21 @@ def read_ladder(data: Dataset, console: Console) -> list[Rung]:
             data.tokenizer.vocab_size,
             data.tokenizer.eot_id,
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps([asdict(rung) for rung in rungs], indent=1), encoding="utf-8")
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps([asdict(rung) for rung in rungs], indent=1).encode())
+    except OSError as error:
+        console.print(f"the baselines are not cached: {error}", highlight=False, markup=False, soft_wrap=True)
     return rungs
+
+
+def _read_rungs(path: Path) -> list[Rung]:
+    """The rungs in the file; none if there is no such file or it is damaged."""
+    try:
+        rows = json.loads(path.read_bytes())
+        return [Rung(str(row["name"]), float(row["bits_per_byte"]), float(row["seconds"])) for row in rows]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
 
 
 def _key(source: str, vocab_size: int) -> str:
@@ -60,8 +75,6 @@ def _key(source: str, vocab_size: int) -> str:
     if source == STDLIB:
         return f"stdlib-{platform.python_version()}-{vocab_size}"
     path = Path(source).resolve()
-    if not path.exists():
-        raise InputError(f"{source}: no such file or folder; give one, or 'stdlib'")
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     digest = hashlib.sha256()
     for file in files:

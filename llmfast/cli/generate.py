@@ -1,7 +1,7 @@
 """`llmfast generate`: continue a text with a trained model."""
 
+import itertools
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,11 +9,11 @@ import typer
 from .. import hardware, inference, ops
 from ..models import GPT
 from ..tokenizers import StreamDecoder, Tokenizer
-from .runs import load_model, newest_run
+from .runs import load_model, run_folder
 
 
 def generate(
-    run: Annotated[Path | None, typer.Argument(help="A run folder; the newest under runs/ by default.")] = None,
+    run: Annotated[str | None, typer.Argument(help="A run folder; the newest under runs/ by default.")] = None,
     prompt: Annotated[str, typer.Argument(help="The text to continue; empty for a new document.")] = "",
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.8,
@@ -26,7 +26,7 @@ def generate(
     """Continue a text with a trained model."""
     where = hardware.device(device)
     with ops.use_backend(backend or ops.current_backend()):
-        model, tokenizer = load_model(run or newest_run(), where, hardware.compute_dtype(where), _warn)
+        model, tokenizer = load_model(run_folder(run), where, hardware.compute_dtype(where), _warn)
         stream(model, tokenizer, prompt, max_tokens, temperature, top_k, top_p, seed)
 
 
@@ -56,8 +56,9 @@ def stream(
         stop_ids=[tokenizer.eot_id],
     )
     decoder = StreamDecoder(tokenizer)
+    first = list(itertools.islice(tokens, 1))  # a model that cannot run says so before anything is printed
     sys.stdout.write(prompt)
-    for token in tokens:
+    for token in itertools.chain(first, tokens):
         sys.stdout.write(decoder.push(token))
         sys.stdout.flush()
     sys.stdout.write(decoder.finish() + "\n")

@@ -1,6 +1,9 @@
 """The `llmfast` command: a table of commands, each imported when it runs, and errors as one line."""
 
+import errno
 import importlib
+import io
+import os
 import sys
 from typing import Annotated, Any
 
@@ -19,6 +22,14 @@ COMMANDS = {
     "bench": ("llmfast.cli.bench:bench", "Time an op on every backend against the reference."),
     "doctor": ("llmfast.cli.doctor:doctor", "Show the device, versions, and which backend runs each op and why."),
 }
+
+
+# Of the machine, not of this program: one line even where Python does not know which file it was.
+MACHINE_ERRORS = {
+    getattr(errno, name, None)
+    for name in ("ENOSPC", "EDQUOT", "EIO", "EROFS", "EACCES", "EPERM", "EMFILE", "ENFILE", "EFBIG", "ESTALE")
+}
+UNWRITABLE = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EIO", "EROFS", "EFBIG")}
 
 
 class LazyGroup(TyperGroup):
@@ -62,14 +73,29 @@ def _llmfast(
 
 def main() -> None:
     """Run the command line. Errors of the caller's making are one line on stderr and exit status 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # text of a model may hold what a narrow encoding does not
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # while its failure can still be reported
     except LLMFastError as error:
         _fail(str(error))
     except OSError as error:
-        if error.filename is None:  # not about a file that the caller named
+        if error.filename is None and error.errno not in MACHINE_ERRORS:  # not about a file that the caller named
             raise
-        _fail(f"{error.filename}: {error.strerror}")
+        remedy = "; free space or give another folder" if error.errno in UNWRITABLE else ""
+        _drop_output()
+        _fail(f"{error.filename or 'a file or the output'}: {error.strerror or error}{remedy}")
+
+
+def _drop_output() -> None:
+    """Where standard output cannot be written, lead what is left of it nowhere: Python flushes it once more at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str) -> None:

@@ -11,6 +11,7 @@ from ..errors import InputError
 from ..models import Config, preset
 from ..training import TrainConfig
 from .defaults import DEFAULTS
+from .runs import config_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -26,6 +27,16 @@ class Plan:
     data: str
     eval_tokens: int
 
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise InputError(f"unknown dtype {self.dtype!r}; choose one of: {', '.join(DTYPES)}")
+        if type(self.eval_tokens) is not int or self.eval_tokens < 1:
+            raise InputError(f"eval_tokens is {self.eval_tokens!r}; it must be a positive integer")
+        for name in ("preset", "data"):
+            if not isinstance(getattr(self, name), str):
+                raise InputError(f"{name} is {getattr(self, name)!r}; it must be a text")
+        self.training.check_fits(self.model.context_length)
+
     def to_dict(self) -> dict[str, Any]:
         nested = {"model": self.model.to_dict(), "training": self.training.to_dict()}
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | nested
@@ -33,14 +44,12 @@ class Plan:
     @classmethod
     def from_dict(cls, values: dict[str, Any], origin: Path) -> "Plan":
         """Inverse of `to_dict`; `origin` is the run that an error names."""
-        try:
+        with config_of(origin):
             nested = {
                 "model": Config.from_dict(values["model"]),
                 "training": TrainConfig.from_dict(values["training"]),
             }
             return cls(**(values | nested))
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{origin / 'config.json'}: is incomplete ({error}); train again") from None
 
 
 def make_plan(
@@ -53,14 +62,11 @@ def make_plan(
     defaults = DEFAULTS[kind]
     name = preset_name or defaults.preset
     model = preset(name, **({} if vocab_size is None else {"vocab_size": vocab_size}))
-    if dtype not in DTYPES:
-        raise InputError(f"unknown dtype {dtype!r}; choose one of: {', '.join(DTYPES)}")
     given = {key: value for key, value in options.items() if value is not None}
     if given.get("max_steps") is not None and "budget_seconds" not in given:
         given["budget_seconds"] = None  # asked for steps: do them, however long they take
     fitting = {"context": min(defaults.training["context"], model.context_length)}
     training = TrainConfig(**(defaults.training | fitting | given))
-    training.check_fits(model.context_length)
     return Plan(name, model, training, dtype, data, defaults.eval_tokens)
 
 
@@ -80,7 +86,8 @@ def memory_bytes(plan: Plan) -> int:
 def describe(plan: Plan) -> str:
     """Parameters, memory and tokens per step, a line each."""
     training = plan.training
-    shape = f"{training.batch_size} sequences x {training.accumulation} batches x {training.context} tokens"
+    batches = f"{training.accumulation} {'batch' if training.accumulation == 1 else 'batches'}"
+    shape = f"{training.batch_size} sequences x {batches} x {training.context} tokens"
     budget = "" if training.budget_seconds is None else f", at most {training.budget_seconds / 60:g} min"
     return "\n".join(
         (

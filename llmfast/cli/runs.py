@@ -1,6 +1,8 @@
 """Run folders: where they are, what their `config.json` says, and the model in them."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,14 @@ from ..models import GPT, Config
 from ..tokenizers import Tokenizer
 from ..weights import Checkpoint, latest
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 RUNS = Path("runs")
+CONFIG = "config.json"
+LOCK = ".lock"
 
 
 def newest_run() -> Path:
@@ -22,29 +31,68 @@ def newest_run() -> Path:
     return configs[-1].parent
 
 
+def run_folder(name: str | None) -> Path:
+    """The run folder `name`; None is the newest."""
+    if name == "":
+        raise InputError("the run is an empty string; give a run folder")
+    return newest_run() if name is None else Path(name)
+
+
 def read_config(run_dir: Path) -> dict[str, Any]:
     """The run's `config.json`. Raises InputError if `run_dir` is not a run."""
-    path = run_dir / "config.json"
+    path = run_dir / CONFIG
     if not path.is_file():
-        raise InputError(f"{run_dir}: is not a run, it has no config.json; give a folder that llmfast train wrote")
+        raise InputError(f"{run_dir}: is not a run, it has no {CONFIG}; give a folder that llmfast train wrote")
+    with config_of(run_dir):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise TypeError("not a JSON object")
+        return values
+
+
+@contextmanager
+def config_of(run_dir: Path) -> Iterator[None]:
+    """Errors over the values of the run's `config.json` become an InputError that names the file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise InputError(f"{path}: is damaged; restore it or train again") from None
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise InputError(f"{run_dir / CONFIG}: is damaged ({reason}); restore it or train again") from None
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Keep other processes from training in `run_dir`; InputError if one does. No lock where the system has none."""
+    if fcntl is None:
+        yield
+        return
+    with open(run_dir / LOCK, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            remedy = "wait for it or give another --out"
+            raise InputError(f"{run_dir}: is being trained by another process; {remedy}") from None
+        yield
 
 
 def best_checkpoint(run_dir: Path, on_skip: Any) -> Checkpoint:
-    """The best weights of a run, or its newest checkpoint if it was never evaluated."""
-    if any((run_dir / "best").glob("step-*")):
-        return latest(run_dir / "best", on_skip)
+    """The best weights of a run, or its newest checkpoint if it was never evaluated or they are damaged."""
+    best = run_dir / "best"
+    if any(best.glob("step-*")):
+        try:
+            return latest(best, on_skip)
+        except CheckpointError:
+            on_skip(f"{best}: holds no undamaged weights; taking the newest of {run_dir / 'checkpoints'}")
     return latest(run_dir / "checkpoints", on_skip)
 
 
 def load_model(run_dir: Path, device: torch.device, dtype: torch.dtype, on_skip: Any) -> tuple[GPT, Tokenizer]:
     """The best model of a run, in eval mode on `device`, and its tokenizer."""
-    config = read_config(run_dir)
+    values = read_config(run_dir)
+    with config_of(run_dir):
+        config = Config.from_dict(values["model"])
     checkpoint = best_checkpoint(run_dir, on_skip)
-    model = GPT(Config.from_dict(config["model"]), dtype)
+    model = GPT(config, dtype)
     try:
         model.load_state_dict(checkpoint.tensors("model"))
     except RuntimeError as error:

@@ -1,11 +1,13 @@
 """`llmfast tokenizer`: train one, encode, decode."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..data import read_source
+from ..data.manifest import TOKENIZER_NAME
 from ..errors import InputError
 from ..tokenizers import Tokenizer
 
@@ -19,6 +21,7 @@ def tokenizer(
 ) -> None:
     """Train a tokenizer, or encode and decode with one."""
     if train is not None:
+        _check_replaceable(path, train)
         Tokenizer.train((document.text for document in read_source(train).documents), vocab_size).save(path)
     loaded = Tokenizer.load(path)
     if encode is not None:
@@ -27,6 +30,24 @@ def tokenizer(
         print(loaded.decode(_ids(decode)))
     if encode is None and decode is None:
         print(f"{path}: {loaded.vocab_size} tokens, end of text {loaded.eot_id}, fingerprint {loaded.fingerprint[:16]}")
+
+
+def _check_replaceable(path: Path, source: str) -> None:
+    """InputError where the new tokenizer would take the place of something else than a tokenizer named as a file."""
+    inside = path / TOKENIZER_NAME
+    if path.is_dir() and inside.exists():
+        raise InputError(f"{inside}: is there already; give that path itself to replace it")
+    if not path.exists() or path.is_dir():
+        return
+    if Path(source).exists() and path.samefile(source):
+        raise InputError(f"{path}: is the text to train on; give another path for the tokenizer")
+    try:
+        content = json.loads(path.read_bytes())
+        is_tokenizer = isinstance(content, dict) and "model" in content
+    except ValueError:
+        is_tokenizer = False
+    if not is_tokenizer:
+        raise InputError(f"{path}: is there already and not a tokenizer; give another path for the tokenizer")
 
 
 def _ids(text: str) -> list[int]:

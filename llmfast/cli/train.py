@@ -1,7 +1,11 @@
 """`llmfast train`: prepare the data, train, evaluate, and leave a run folder that explains itself."""
 
 import json
+import math
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -15,20 +19,23 @@ from rich.table import Table
 
 from .. import hardware, ops
 from ..data import Dataset, Manifest
-from ..errors import InputError
+from ..data.sources import STDLIB
+from ..errors import InputError, LLMFastError
 from ..evals import Rung, bits_per_byte
+from ..files import write_atomic
 from ..models import GPT, preset
 from ..training import Result
 from ..training import train as run_loop
 from ..training.metrics import draw_loss, read_metrics
 from ..training.progress import Progress
 from .backends import explain_ops
-from .corpus import STDLIB, open_data, read_ladder
+from .corpus import is_data_folder, open_data, read_ladder
 from .defaults import DEFAULTS
 from .generate import stream
 from .plan import DTYPES, Plan, describe, make_plan
-from .runs import RUNS, load_model, newest_run, read_config
+from .runs import CONFIG, LOCK, RUNS, load_model, locked, read_config, run_folder
 
+METRICS = "metrics.jsonl"
 SAMPLE_PROMPT_TOKENS = 24  # of the validation text, which the finished model continues
 
 
@@ -70,20 +77,26 @@ def train(
             fixed = options | {"preset": preset, "out": out, "dtype": dtype, "data": None if data == STDLIB else data}
             run_dir = _run_to_resume(resume, fixed)
             plan = Plan.from_dict(read_config(run_dir), run_dir)
-            _run(plan, Dataset.open(plan.data), run_dir, True, where, console)
+            data_of_run = Dataset.open(plan.data)
+            with locked(run_dir):
+                _run(plan, data_of_run, run_dir, True, where, console)
             return
         dtype = dtype or str(hardware.compute_dtype(where)).removeprefix("torch.")
         if dry_run:
-            vocab_size = Manifest.load(Path(data)).vocab_size if Manifest.is_in(Path(data)) else None
+            vocab_size = Manifest.load(Path(data)).vocab_size if is_data_folder(data) else None
             print(describe(make_plan(where.type, preset, dtype, data, vocab_size, **options)))
             return
-        make_plan(where.type, preset, dtype, data, None, **options)  # refuse bad options before preparing the data
+        # Refuse bad options before preparing the data.
+        name = make_plan(where.type, preset, dtype, data, None, **options).preset
+        folder = out or RUNS / f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
+        _check_new(folder)
         dataset = open_data(data, _vocab_size(preset, where), console)
         plan = make_plan(
             where.type, preset, dtype, str(dataset.folder.resolve()), dataset.manifest.vocab_size, **options
         )
         dataset.batch("train", 0, 1, plan.training.context, 0)  # refuses a text shorter than a context
-        _run(plan, dataset, _new_folder(out, plan), False, where, console)
+        with _new_run(folder, plan):
+            _run(plan, dataset, folder, False, where, console)
 
 
 def _vocab_size(name: str | None, device: torch.device) -> int:
@@ -94,25 +107,35 @@ def _run_to_resume(name: str, fixed: dict[str, Any]) -> Path:
     given = [key for key, value in fixed.items() if value is not None]
     if given:
         raise InputError(f"--resume continues a run as it was configured; leave out: {', '.join(given)}")
-    return newest_run() if name == "auto" else Path(name)
+    return run_folder(None if name == "auto" else name)
 
 
-def _new_folder(out: Path | None, plan: Plan) -> Path:
-    """Make the run folder and put its configuration and tokenizer there."""
-    folder = out or RUNS / f"{datetime.now():%Y%m%d-%H%M%S}-{plan.preset}"
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+def _check_new(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; give a folder")
+    if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
         raise InputError(f"{folder}: is not empty; give another --out, or --resume {folder}")
+
+
+@contextmanager
+def _new_run(folder: Path, plan: Plan) -> Iterator[None]:
+    """Make the run folder with its configuration and tokenizer; it goes again if training fails before a first step."""
     folder.mkdir(parents=True, exist_ok=True)
-    Dataset.open(plan.data, verify=False).tokenizer.save(folder / "tokenizer.json")
-    _write_json(folder / "config.json", plan.to_dict())
-    return folder
+    with locked(folder):
+        _check_new(folder)
+        try:
+            Dataset.open(plan.data, verify=False).tokenizer.save(folder / "tokenizer.json")
+            _write_json(folder / CONFIG, plan.to_dict())
+            yield
+        except BaseException:
+            if not (folder / METRICS).exists() and not (folder / "checkpoints").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def _run(plan: Plan, data: Dataset, run_dir: Path, resume: bool, device: torch.device, console: Console) -> None:
     """Train, and unless a signal stopped it, evaluate the best weights and show what they do."""
     started, training, properties = time.perf_counter(), plan.training, hardware.describe(device)
-    torch.manual_seed(training.seed)
-    model = GPT(plan.model, DTYPES[plan.dtype]).to(device)
     record: dict[str, Any] = {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "corpus": {"source": data.manifest.source, "hash": data.manifest.corpus_hash},
@@ -126,6 +149,8 @@ def _run(plan: Plan, data: Dataset, run_dir: Path, resume: bool, device: torch.d
 
     peak = properties.peak_flops if plan.dtype == "bfloat16" else None
     try:
+        torch.manual_seed(training.seed)
+        model = GPT(plan.model, DTYPES[plan.dtype]).to(device)
         with Progress(console, training.max_steps, plan.model.flops_per_token(training.context), peak) as report:
             result = run_loop(
                 model,
@@ -139,18 +164,26 @@ def _run(plan: Plan, data: Dataset, run_dir: Path, resume: bool, device: torch.d
                 report=report,
                 corpus_hash=data.manifest.corpus_hash,
             )
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
         remedy = "give a smaller --batch-size, and a larger --accumulation to make up for it"
         raise InputError(f"{properties.name} ran out of memory; {remedy}") from error
     if result.interrupted:
         _write_json(run_dir / "record.json", record | {"result": asdict(result)})
-        draw_loss(read_metrics(run_dir / "metrics.jsonl"), [], run_dir / "loss.png")
+        if records := read_metrics(run_dir / METRICS):
+            draw_loss(records, [], run_dir / "loss.png")
         console.print(
             f"stopped after step {result.step}; resume with: llmfast train --resume {run_dir}", soft_wrap=True
         )
         return
     record["result"] = asdict(result) | {"seconds": round(time.perf_counter() - started, 2)}
     _finish(plan, data, run_dir, device, console, record, result)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of the GPU or of the host, for which PyTorch has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _finish(
@@ -170,13 +203,17 @@ def _finish(
     model, tokenizer = load_model(run_dir, device, DTYPES[plan.dtype], warn)
     with console.status("scoring the validation text"):
         bpb = _evaluate(model, data, plan, None, max(1, plan.training.context // 2))
-    rungs = read_ladder(data, console)
+    if not math.isfinite(bpb):
+        remedy = "lower the learning rate or check the data"
+        raise LLMFastError(f"{run_dir}: the model's bits per byte are not finite; {remedy}")
     record["result"]["val_bpb"] = bpb
+    _write_json(run_dir / "record.json", record)  # the result stands, whatever becomes of the baselines
+    rungs = read_ladder(data, console)
     record["ladder"] = {rung.name: rung.bits_per_byte for rung in rungs}
     _write_json(run_dir / "record.json", record)
     # The curve's points score only the first eval_tokens; this line is what compares with the others.
     ladder = [*((rung.name, rung.bits_per_byte) for rung in rungs), ("model, whole text", bpb)]
-    draw_loss(read_metrics(run_dir / "metrics.jsonl"), ladder, run_dir / "loss.png")
+    draw_loss(read_metrics(run_dir / METRICS, warn), ladder, run_dir / "loss.png")
     name = f"{plan.preset}, {result.step:,} steps"
     console.print(_ladder_table([*rungs, Rung(name, bpb, record["result"]["seconds"])], name))
     console.print(f"loss curve: {run_dir / 'loss.png'}\n", highlight=False, soft_wrap=True)
@@ -202,4 +239,4 @@ def _ladder_table(rungs: list[Rung], model: str) -> Table:
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    write_atomic(path, (json.dumps(values, indent=1) + "\n").encode())

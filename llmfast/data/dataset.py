@@ -1,6 +1,7 @@
 """A data folder opened for training: checked once, then batches computed from (step, seed) alone."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,10 @@ class Dataset:
         folder = Path(folder)
         manifest = Manifest.load(folder)
         return cls(folder, manifest, {name: _open_split(folder, manifest, name, verify) for name in manifest.splits})
+
+    def __reduce__(self) -> tuple[Callable[..., "Dataset"], tuple[Path, bool]]:
+        """Pickled as its folder: whoever unpickles it maps the same shards instead of receiving a copy."""
+        return Dataset.open, (self.folder.resolve(), False)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

@@ -18,6 +18,7 @@ STDLIB = "stdlib"
 # Not library code, or text that would swamp it: test suites, codec tables, and pydoc's topics, which are read apart.
 _STDLIB_EXCLUDED = {"__pycache__", "dist-packages", "encodings", "idle_test", "pydoc_data", "site-packages"}
 _STDLIB_EXCLUDED |= {"test", "tests"}
+_SHARDS = "train-*-of-*.bin"  # what only a folder that prepare wrote holds
 _STDLIB_GENERATED = "_sysconfigdata_"  # build settings of this very interpreter
 
 
@@ -64,21 +65,34 @@ def read_source(source: str) -> Corpus:
     Text is UTF-8, for `.py` files whatever their PEP 263 cookie says. InputError names what cannot be read.
     """
     skipped: dict[str, str] = {}
+    check_source(source)
     if source == STDLIB:
         found = _read_stdlib(skipped)
     elif Path(source).is_dir():
         found = _read_folder(Path(source), skipped)
-    elif Path(source).is_file():
+    else:
         try:
             found = list(_read_file(Path(source), Path(source).name, Path(source).name))
         except _Unreadable as reason:
             raise InputError(f"{source}: {reason}; give a text file, a folder or a .jsonl file") from None
-    else:
-        raise InputError(f'{source}: no such file or folder; give a path or "{STDLIB}"')
     if not found:
         raise InputError(f"{source}: no text in it ({len(skipped)} files skipped); give a source with text files")
     documents, duplicates = _drop_duplicates(found)
     return Corpus(documents, skipped, duplicates, platform.python_version() if source == STDLIB else None)
+
+
+def check_source(source: str) -> None:
+    """InputError unless `source` is there to be read."""
+    if not source:
+        raise InputError(f'the source is an empty string; give a path or "{STDLIB}"')
+    if source == STDLIB:
+        return
+    path = Path(source)
+    if not path.is_dir() and not path.is_file():
+        raise InputError(f'{source}: no such file or folder; give a path or "{STDLIB}"')
+    if path.is_dir() and any(path.glob(_SHARDS)):
+        remedy = "train on it, or if it is damaged, prepare its text again"
+        raise InputError(f"{source}: is a data folder, whose text is tokens already; {remedy}")
 
 
 def _read_stdlib(skipped: dict[str, str]) -> list[Document]:

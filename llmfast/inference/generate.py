@@ -40,6 +40,8 @@ def generate(
             )
     if max_new_tokens < 0:
         raise InputError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
+    if not 0 <= seed < 2**64:
+        raise InputError(f"seed is {seed}; it must be 0 to 2**64 - 1")
     model.eval()
     return _continue(model, list(prompt_ids), max_new_tokens, temperature, top_k, top_p, seed, frozenset(stop_ids))
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, LLMFastError
 
 
 def check(temperature: float, top_k: int | None, top_p: float | None) -> None:
@@ -29,15 +29,17 @@ def sample(
 
     softmax(logits / temperature), cut to the `top_k` likeliest tokens and then to the fewest whose probabilities reach
     `top_p` (nucleus sampling, https://arxiv.org/abs/1904.09751). Temperature 0 takes the likeliest, the lowest id of
-    equals. `generator` is on the logits' device.
+    equals. `generator` is on the logits' device. LLMFastError for a row whose largest logit is not a finite number.
     """
     check(temperature, top_k, top_p)
+    if not logits.amax(-1).isfinite().all():
+        raise LLMFastError("the model's logits are not finite; use weights of an earlier step or train again")
     if temperature == 0.0:
         return logits.argmax(-1)
     scores, ids = logits.float().sort(dim=-1, descending=True, stable=True)
     # Less the largest first: dividing large logits by a small temperature would overflow.
     scores = (scores - scores[:, :1]) / max(temperature, torch.finfo(torch.float32).tiny)
-    if top_k is not None:
+    if top_k is not None and top_k < scores.shape[-1]:
         scores[:, top_k:] = float("-inf")
     probabilities = scores.softmax(-1)
     if top_p is not None:

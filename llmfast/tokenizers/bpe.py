@@ -23,6 +23,7 @@ SPLIT_PATTERN = (
 )
 
 SMALLEST_VOCAB = 256 + 1  # every byte and <|endoftext|>
+LARGEST_VOCAB = 2**24  # far beyond any in use; the trainer sets memory aside for all of it before it starts
 
 
 class Tokenizer:
@@ -48,6 +49,8 @@ class Tokenizer:
         """
         if vocab_size < SMALLEST_VOCAB:
             raise InputError(f"vocab_size {vocab_size} is too small; the bytes and {END_OF_TEXT} need {SMALLEST_VOCAB}")
+        if vocab_size > LARGEST_VOCAB:
+            raise InputError(f"vocab_size {vocab_size} is too large; give at most {LARGEST_VOCAB}")
         backend = hf.Tokenizer(hf.models.BPE())
         backend.pre_tokenizer = hf.pre_tokenizers.Sequence(
             [
@@ -125,9 +128,13 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """Bytes of `ids`: exactly the UTF-8 of the text that was encoded. InputError for an id that does not exist."""
-        array = np.asarray(ids, dtype=np.int64)
-        outside = array[(array < 0) | (array >= self.vocab_size)]
-        if outside.size:
+        try:
+            array = np.asarray(ids, dtype=np.int64)
+            outside = array[(array < 0) | (array >= self.vocab_size)].tolist()
+        except OverflowError:  # numpy's word for an id beyond 64 bits
+            outside = [max(ids, key=abs)]
+            array = np.empty(0, np.int64)
+        if outside:
             raise InputError(
                 f"token id {outside[0]} is outside the vocabulary of {self.vocab_size}; "
                 "decode with the tokenizer that made the ids"

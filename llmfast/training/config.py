@@ -48,16 +48,20 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "batch_size", "accumulation", "context", "eval_every", "save_every"):
-            self._check(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "a positive integer")
-        for name in ("learning_rate", "grad_clip"):
-            self._check(name, getattr(self, name) > 0, "positive")
-        self._check("learning_rate", math.isfinite(self.learning_rate), "finite")
-        self._check("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "in [0, 1]")
-        self._check("warmup_steps", self.warmup_steps >= 0, "0 or more")
-        self._check("weight_decay", 0 <= self.weight_decay < math.inf, "0 or a positive number")
-        self._check("seed", self.seed >= 0, "0 or more")
-        self._check("betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)")
-        self._check("budget_seconds", self.budget_seconds is None or 0 < self.budget_seconds < math.inf, "positive")
+            self._check(name, _is_integer(getattr(self, name), 1, 2**31), "a positive integer below 2**31")
+        self._check("warmup_steps", _is_integer(self.warmup_steps, 0, 2**31), "0 or more, an integer below 2**31")
+        self._check("seed", _is_integer(self.seed, 0, 2**64), "0 or more, an integer below 2**64")
+        self._check("learning_rate", _is_number(self.learning_rate) and self.learning_rate > 0, "positive and finite")
+        self._check(
+            "grad_clip", self.grad_clip == math.inf or (_is_number(self.grad_clip) and self.grad_clip > 0), "positive"
+        )
+        self._check("min_lr_ratio", _is_number(self.min_lr_ratio) and 0 <= self.min_lr_ratio <= 1, "in [0, 1]")
+        self._check("weight_decay", _is_number(self.weight_decay) and self.weight_decay >= 0, "0 or a positive number")
+        pair = isinstance(self.betas, tuple) and len(self.betas) == 2
+        self._check("betas", pair and all(_is_number(b) and 0 <= b < 1 for b in self.betas), "two numbers in [0, 1)")
+        budget = self.budget_seconds
+        self._check("budget_seconds", budget is None or (_is_number(budget) and budget > 0), "positive and finite")
+        self._check("deterministic", isinstance(self.deterministic, bool), "True or False")
 
     def _check(self, name: str, valid: bool, requirement: str) -> None:
         if not valid:
@@ -81,9 +85,20 @@ class TrainConfig:
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
             raise InputError(f"unknown TrainConfig fields: {', '.join(sorted(unknown))}")
-        if "betas" in values:  # JSON has no tuples
+        if isinstance(values.get("betas"), list):  # JSON has no tuples
             values = values | {"betas": tuple(values["betas"])}
         try:
             return cls(**values)
         except TypeError as error:
             raise InputError(f"incomplete TrainConfig: {error}") from None
+
+
+def _is_integer(value: object, least: int, end: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < end
+
+
+def _is_number(value: object) -> bool:
+    """Whether `value` is a finite number that fits a float."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) < 2**63
+    return isinstance(value, float) and math.isfinite(value)

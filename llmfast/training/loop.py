@@ -120,12 +120,13 @@ class _Run:
     def until(self, stopped: Callable[[], bool]) -> Result:
         first = self.step
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self.metrics.rewind(first)
+        self.metrics.rewind(first, self.report.message)
         self.reported_tokens = self.tokens
         while True:
             finished, interrupted = self.progress >= 1.0, stopped()
             ends = finished or interrupted
-            if self.step > first and (ends or self.step % self.config.save_every == 0):
+            due = ends or self.step % self.config.save_every == 0
+            if (self.step > first and due) or (self.step == 0 and ends):  # a run stopped before step 1 can be resumed
                 self.save()  # before the evaluation, which may fail
             if self.step > 0 and not interrupted and (finished or self.step % self.config.eval_every == 0):
                 self.measure()
@@ -243,7 +244,8 @@ class _Run:
             if saved != given:
                 raise InputError(f"{checkpoint.path}: was trained with another {what}; resume with that one")
         self.model.load_state_dict(checkpoint.tensors("model"))
-        optim.load_state_tensors(self.model, self.optimizer, checkpoint.tensors("optimizer"))
+        if checkpoint.step > 0:  # before the first, AdamW has no state
+            optim.load_state_tensors(self.model, self.optimizer, checkpoint.tensors("optimizer"))
         rng = checkpoint.tensors("rng")
         torch.set_rng_state(rng["cpu"])
         if self.device.type == "cuda" and "cuda" in rng:

@@ -1,9 +1,9 @@
 """What a run measured: a JSON line for every step and evaluation, and the loss curve drawn from them."""
 
+import io
 import json
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..errors import InputError
+from ..files import write_atomic
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,13 @@ class MetricsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, on_skip: Callable[[str], None] | None = None) -> None:
         """Cut off what is later than `step`, whose own evaluation goes too: a run that starts there does it again."""
         if not self.path.exists():
             return
-        records = read_metrics(self.path)
+        records = read_metrics(self.path, on_skip)
         kept = [r for r in records if r["step"] < step or (r["step"] == step and "val_bpb" not in r)]
-        temporary = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in kept).encode())
 
     def append(self, records: Sequence[Step | Evaluation]) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
@@ -69,25 +67,46 @@ class MetricsFile:
                 file.write(json.dumps(values) + "\n")
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file, in order. A last line cut short by a killed process is left out."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    records = []
+def read_metrics(path: Path, on_skip: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
+    """The records of a JSONL file, in order, none if there is no file.
+
+    A last line cut short by a killed process is left out, and so are damaged lines: `on_skip` gets one line on them.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    records, damaged = [], []
     for number, line in enumerate(lines[:-1], start=1):  # a complete line ends in a newline
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
-            raise InputError(f"{path}: line {number} is not JSON; delete the line") from None
+            record = None
+        if _is_record(record):
+            records.append(record)
+        else:
+            damaged.append(number)
+    if damaged and on_skip:
+        on_skip(f"{path}: passed over {len(damaged)} damaged line(s), the first is line {damaged[0]}")
     return records
+
+
+def _is_record(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and all(isinstance(value.get(key), int) for key in ("step", "tokens"))
+        and all(v is None or isinstance(v, int | float) for v in value.values())
+    )
 
 
 def draw_loss(records: Sequence[dict[str, Any]], ladder: Sequence[tuple[str, float]], path: Path) -> None:
     """Draw training loss and validation bits per byte against tokens as a PNG.
 
     ladder: (name, bits per byte) of what the model is compared with, drawn as horizontal lines.
+    Points that are not finite are left out.
     """
-    steps = [r for r in records if r.get("loss") is not None]
-    evaluations = [r for r in records if r.get("val_bpb") is not None]
+    steps = [r for r in records if _finite(r.get("loss"))]
+    evaluations = [r for r in records if _finite(r.get("val_bpb"))]
+    ladder = [rung for rung in ladder if _finite(rung[1])]
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     train, validation = figure.subplots(1, 2)
@@ -110,7 +129,13 @@ def draw_loss(records: Sequence[dict[str, Any]], ladder: Sequence[tuple[str, flo
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.ticklabel_format(axis="x", style="sci", scilimits=(-3, 4), useMathText=True)
-    figure.savefig(path, dpi=130)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=130, format="png")
+    write_atomic(path, png.getvalue())
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def _draw_ladder(axes: Any, ladder: Sequence[tuple[str, float]], model: Sequence[float]) -> None:

@@ -15,12 +15,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import CheckpointError, InputError
-from ..files import file_sha256, sync_folder
+from ..files import file_sha256, remove_leftovers, sync_folder
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
 _COMPLETE = re.compile(r"step-(\d+)")
-_UNFINISHED = re.compile(r"step-\d+\.(?:tmp|old)-(\d+)")  # the number is the writer's process id
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def save(root: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: di
     final, temporary = root / f"step-{step}", root / f"step-{step}.tmp-{os.getpid()}"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        _remove_unfinished(root)
+        remove_leftovers(root, r"step-\d+")
         try:
             _write_files(temporary, tensors, state)
             _publish(temporary, final)
@@ -141,24 +140,6 @@ def _publish(temporary: Path, final: Path) -> None:
     sync_folder(final.parent)
     if replaced.exists():
         shutil.rmtree(replaced)
-
-
-def _remove_unfinished(root: Path) -> None:
-    """Remove what saves that never finished left behind, unless their process is another one still alive."""
-    for path in root.iterdir():
-        match = _UNFINISHED.fullmatch(path.name)
-        if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
-            shutil.rmtree(path)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it exists and is another user's
-        return True
-    return True
 
 
 def _verify(path: Path, size: int, sha256: str) -> None:

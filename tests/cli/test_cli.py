@@ -17,6 +17,7 @@ import torch
 from llmfast import __version__
 from llmfast.cli.main import COMMANDS, main
 from llmfast.data import Dataset
+from llmfast.errors import InputError
 from llmfast.training.metrics import read_metrics
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -82,7 +83,8 @@ def test_main_job_in_small_then_generate(text: Path, tmp_path: Path, monkeypatch
     (run,) = (tmp_path / "runs").iterdir()
     assert run.name.endswith("-tiny")
     names = {p.name for p in run.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "loss.png", "checkpoints", "best", "record.json", "tokenizer.json"}
+    files = {"config.json", "metrics.jsonl", "loss.png", "record.json", "tokenizer.json"}
+    assert names - {".lock"} == files | {"checkpoints", "best"}
     assert len([r for r in read_metrics(run / "metrics.jsonl") if "loss" in r]) == 20
     record = json.loads((run / "record.json").read_text())
     assert record["versions"]["torch"] == torch.__version__
@@ -225,7 +227,9 @@ def test_text_shorter_than_a_context(tmp_path: Path, cli: Cli) -> None:
         (("--learning-rate", "-1"), ("learning_rate is -1",)),
         (("--minutes", "-1"), ("budget_seconds is -60",)),
         (("--seed", "-1"), ("seed", "-1")),
+        (("--seed", 10**20), ("seed is 100000000000000000000",)),
         (("--resume", "absent"), ("absent: is not a run",)),
+        (("--resume", ""), ("the run is an empty string",)),
     ],
 )
 def test_options_refused(
@@ -258,12 +262,18 @@ def test_damaged_run(data: Path, tmp_path: Path, cli: Cli) -> None:
     content = weights.read_bytes()
     weights.write_bytes(content[:-10])
     code, _, err = cli("generate", run)
-    assert (
-        code == 2 and "model.safetensors" in err.splitlines()[0] and "no undamaged checkpoint" in err.splitlines()[-1]
-    )
+    assert code == 0 and "model.safetensors" in err.splitlines()[0] and f"taking the newest of {run}" in err
+    shutil.rmtree(run / "checkpoints")
+    assert cli("generate", run)[0] == 2
     weights.write_bytes(content)
-    (run / "config.json").write_text("{")
-    refused(cli("generate", run), "config.json: is damaged")
+    config = json.loads((run / "config.json").read_text())
+    for damaged in ("{", "{}", "[]", "null", "\xff", json.dumps(config | {"model": 3})):
+        (run / "config.json").write_text(damaged, encoding="latin-1")
+        refused(cli("generate", run), "config.json: is damaged")
+        refused(cli("train", "--resume", run), "config.json: is damaged")
+    for changes in ({"dtype": "x"}, {"eval_tokens": "x"}, {"training": 3}, {"data": 3}):
+        (run / "config.json").write_text(json.dumps(config | changes))
+        refused(cli("train", "--resume", run), "config.json: is damaged")
     refused(cli("generate", tmp_path), "is not a run")
 
 
@@ -277,3 +287,124 @@ def test_generate_refuses_bad_sampling(data: Path, tmp_path: Path, cli: Cli) -> 
     assert cli("train", "--data", data, *TRAIN, "--steps", 1, "--out", run)[0] == 0
     refused(cli("generate", run, "--temperature", "-1"), "temperature is -1")
     refused(cli("generate", run, "w1 " * 500), "the model's context")
+    refused(cli("generate", run, "--seed", 10**20), "seed is 100000000000000000000")
+    refused(cli("generate", ""), "the run is an empty string")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_backend_that_cannot_run_leaves_nothing(data: Path, tmp_path: Path, cli: Cli) -> None:
+    run = tmp_path / "run"
+    refused(cli("train", "--data", data, *TRAIN, "--steps", 1, "--out", run, "--backend", "triton"), "triton")
+    assert not run.exists()
+    assert cli("train", "--data", data, *TRAIN, "--steps", 1, "--out", run)[0] == 0
+    result = cli("generate", run, "w1", "--backend", "triton")
+    refused(result, "triton")
+    assert result[1] == ""
+
+
+def test_out_that_is_a_file(data: Path, tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "run").touch()
+    refused(cli("train", "--data", data, *TRAIN, "--steps", 1, "--out", tmp_path / "run"), "is a file; give a folder")
+    refused(cli("train", "--data", "", *TRAIN, "--steps", 1, "--out", tmp_path / "r"), "the source is an empty string")
+    refused(cli("data", "", "--out", tmp_path / "d"), "the source is an empty string")
+
+
+def test_tokenizer_replaces_nothing_but_tokenizers(text: Path, tmp_path: Path, cli: Cli) -> None:
+    corpus = shutil.copy(text, tmp_path / "sm.txt")
+    before = corpus.read_bytes()
+    refused(cli("tokenizer", corpus, "--train", corpus), "is the text to train on")
+    refused(cli("tokenizer", corpus, "--train", text), "not a tokenizer")
+    assert corpus.read_bytes() == before
+    for _ in range(2):  # a tokenizer may be trained again where it is named
+        assert cli("tokenizer", tmp_path / "tokenizer.json", "--train", text, "--vocab-size", 260)[0] == 0
+    refused(cli("tokenizer", tmp_path, "--train", text), "is there already")
+    refused(cli("tokenizer", tmp_path, "--decode", 10**20), "is outside the vocabulary")
+    refused(cli("data", text, "--out", tmp_path / "d", "--vocab-size", 10**20), "too large")
+    assert not (tmp_path / "d").exists()
+
+
+def test_one_process_trains_a_run(data: Path, tmp_path: Path, cli: Cli) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    run = tmp_path / "run"
+    assert cli("train", "--data", data, *TRAIN, "--steps", 1, "--out", run)[0] == 0
+    with open(run / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        refused(cli("train", "--resume", run), "is being trained by another process", "--out")
+    assert cli("train", "--resume", run)[0] == 0
+
+
+def test_a_disk_that_is_full(data: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        result = cli("train", "--data", data, *TRAIN, "--steps", 1, "--out", tmp_path / "run")
+    refused(result, f"{tmp_path / 'run' / 'tokenizer.json'}: No space left on device; free space or give another")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_cannot_be_written(data: Path, cli: Cli) -> None:
+    command = [sys.executable, "-m", "llmfast.cli.main", "tokenizer", str(data)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    refused((done.returncode, "", done.stderr), "No space left on device")
+
+
+def test_output_in_a_narrow_encoding(data: Path) -> None:
+    ids = [str(i) for i in Dataset.open(data).tokenizer.encode("é")]
+    command = [sys.executable, "-m", "llmfast.cli.main", "tokenizer", str(data), "--decode", " ".join(ids)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stdout) == (0, "?\n"), done.stderr
+
+
+def test_a_result_that_is_not_finite(data: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    import llmfast.cli.train as module
+
+    monkeypatch.setattr(module, "bits_per_byte", lambda *arguments: float("nan"))
+    result = cli("train", "--data", data, *TRAIN, "--steps", 1, "--out", tmp_path / "run")
+    refused(result, "bits per byte are not finite; lower the learning rate")
+
+
+def test_the_result_does_not_depend_on_the_baselines(
+    data: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import llmfast.cli.corpus as corpus
+    import llmfast.cli.train as module
+
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("LLMFAST_CACHE", str(cache))
+    options = ("train", "--data", data, *TRAIN, "--steps", 1, "--out")
+    assert cli(*options, tmp_path / "a")[0] == 0
+    (cached,) = (cache / "ladders").iterdir()
+    for damaged in ("", "[]", "{", "[1]", '[{"name": "x"}]'):
+        cached.write_text(damaged)
+        rungs = corpus.read_ladder(Dataset.open(data), module.Console(quiet=True))
+        assert "trigram" in {rung.name for rung in rungs} and "trigram" in cached.read_text()
+
+    def broken(*arguments: object) -> None:
+        raise InputError("no ladder")
+
+    monkeypatch.setattr(module, "read_ladder", broken)
+    refused(cli(*options, tmp_path / "b"), "no ladder")
+    assert json.loads((tmp_path / "b" / "record.json").read_text())["result"]["val_bpb"] > 0
+
+
+def test_no_time_to_train(data: Path, tmp_path: Path, cli: Cli) -> None:
+    assert cli("train", "--data", data, *TRAIN, "--minutes", 1e-9, "--out", tmp_path / "run")[0] == 0
+    assert cli("generate", tmp_path / "run", "--max-tokens", 1)[0] == 0
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_on_the_cpu(
+    data: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    import llmfast.cli.train as module
+
+    def fails(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(module, "run_loop", fails)
+    result = cli("train", "--data", data, *TRAIN, "--steps", 1, "--out", tmp_path / "run")
+    refused(result, "ran out of memory; give a smaller --batch-size")
+    assert not (tmp_path / "run").exists()

@@ -1,6 +1,7 @@
 """Dataset: a damaged folder is refused by name; batches depend on their arguments alone and cover every epoch."""
 
 import json
+import pickle
 import time
 
 import numpy as np
@@ -171,3 +172,11 @@ def test_another_tokenizer_is_refused(folder):
     dataset = Dataset.open(folder)
     with pytest.raises(InputError, match="tokenizer.json: not the tokenizer that made these tokens"):
         dataset.text("val")
+
+
+def test_survives_pickling_without_its_tokens(folder):
+    dataset = Dataset.open(folder)
+    dataset.batch("train", 0, 8, 16, seed=1)
+    pickled = pickle.dumps(dataset)
+    assert len(pickled) < 1000
+    assert (pickle.loads(pickled).batch("train", 3, 8, 16, 1) == dataset.batch("train", 3, 8, 16, 1)).all()

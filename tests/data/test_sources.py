@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -177,3 +178,12 @@ def test_stdlib_without_sources_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path / "python.zip")})
     with pytest.raises(InputError, match="stdlib: .*python.zip; give a folder"):
         read_source("stdlib")
+
+
+def test_a_data_folder_and_an_empty_name_are_no_source(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "train-00000-of-00001.bin").write_bytes(b"")
+    with pytest.raises(InputError, match="is a data folder.*prepare its text again"):
+        read_source(str(tmp_path))
+    with pytest.raises(InputError, match="the source is an empty string"):
+        read_source("")

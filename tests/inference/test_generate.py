@@ -71,3 +71,9 @@ def test_context_of_one() -> None:
 def test_refused_at_the_call(model: GPT, prompt: list[int], options: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         generate(model, prompt, **({"max_new_tokens": 3} | options))
+
+
+@pytest.mark.parametrize("seed", [-1, 10**20])
+def test_a_seed_out_of_range_is_refused(seed: int) -> None:
+    with pytest.raises(InputError, match=f"seed is {seed}"):
+        generate(GPT(preset("tiny")), [1], 1, seed=seed)

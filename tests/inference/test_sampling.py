@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmfast.errors import InputError
+from llmfast.errors import InputError, LLMFastError
 from llmfast.inference import sample
 
 LOGITS = torch.tensor([[0.0, 3.0, 1.0, 2.0]]).log_softmax(-1)  # likeliest first: 1, 3, 2, 0
@@ -75,3 +75,11 @@ def test_ids_are_among_the_allowed(rows: int, n: int, temperature: float, top_k,
 def test_refused(options: dict) -> None:
     with pytest.raises(InputError, match=next(iter(options))):
         sample(LOGITS, **options)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_refused(temperature: float, bad: float) -> None:
+    with pytest.raises(LLMFastError, match="logits are not finite"):
+        sample(torch.tensor([[0.0, bad, 1.0]]), temperature)
+    assert sample(torch.tensor([[float("-inf"), 1.0]]), temperature, top_k=10**20).tolist() == [1]

@@ -196,3 +196,10 @@ def test_unusable_vocabulary_is_explained(tmp_path, change, message):
 def test_import_leaves_torch_out():
     code = "import sys, llmfast.tokenizers, llmfast.data; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_huge_numbers_are_refused() -> None:
+    with pytest.raises(InputError, match="vocab_size 100000000000000000000 is too large"):
+        Tokenizer.train(["abc"], 10**20)
+    with pytest.raises(InputError, match="token id 100000000000000000000 is outside"):
+        Tokenizer.train(["abc"], 257).decode([1, 10**20])

@@ -227,3 +227,33 @@ def test_deterministic_is_set_and_put_back(tmp_path: Path) -> None:
 def test_too_long_a_context_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="context is 17; it must be at most 16"):
         run(tmp_path, context=17)
+
+
+def test_a_run_stopped_before_its_first_step_can_be_resumed(tmp_path: Path) -> None:
+    result = run(tmp_path / "run", budget_seconds=1e-9)
+    assert (result.step, latest(tmp_path / "run" / "checkpoints", pytest.fail).step) == (0, 0)
+    assert run(tmp_path / "run", resume=True).step == 12
+    run(tmp_path / "whole")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("max_steps", True),
+        ("max_steps", 10**20),
+        ("seed", 1.5),
+        ("seed", 10**20),
+        ("betas", 3),
+        ("betas", ("a", 0.9)),
+        ("weight_decay", "a"),
+        ("learning_rate", 10**400),
+        ("budget_seconds", "1"),
+        ("deterministic", 1),
+        ("warmup_steps", None),
+    ],
+)
+def test_values_of_the_wrong_type_are_named(field: str, value: object) -> None:
+    for make in (config, lambda **fields: TrainConfig.from_dict({"max_steps": 1} | fields)):
+        with pytest.raises(InputError, match=f"TrainConfig.{field} is "):
+            make(**{field: value})

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from llmfast.errors import InputError
 from llmfast.training import Evaluation, Step
 from llmfast.training.metrics import MetricsFile, _smooth, draw_loss, read_metrics
 from llmfast.training.progress import Progress
@@ -30,15 +29,17 @@ def test_round_trip_and_rewind(tmp_path: Path) -> None:
     assert read_metrics(file.path) == records[:2]
 
 
-def test_a_line_cut_short_is_left_out_and_a_bad_one_named(tmp_path: Path) -> None:
+def test_lines_that_are_damaged_are_left_out_and_said_once(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "m.jsonl")
     file.append([step(1)])
     with open(file.path, "a") as f:
         f.write('{"step": 2, "lo')
     assert [r["step"] for r in read_metrics(file.path)] == [1]
-    file.path.write_text("nonsense\n" + file.path.read_text())
-    with pytest.raises(InputError, match="line 1 is not JSON"):
-        read_metrics(file.path)
+    file.path.write_bytes(b"nonsense\n[1]\n\xff\xfe\n" + file.path.read_bytes())
+    said: list[str] = []
+    file.rewind(1, said.append)
+    assert [r["step"] for r in read_metrics(file.path, pytest.fail)] == [1]
+    assert len(said) == 1 and "3 damaged line(s), the first is line 1" in said[0]
 
 
 def test_smoothing_is_unbiased_at_the_start() -> None:
@@ -55,6 +56,12 @@ def test_draws_a_picture(tmp_path: Path) -> None:
     draw_loss([], [], path)  # a run that stopped at once
     empty = matplotlib.image.imread(path)
     assert drawn.shape == empty.shape and (drawn != empty).any(-1).mean() > 0.01
+
+
+def test_points_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
+    records = [{"tokens": n, "val_bpb": float("nan"), "loss": float("inf")} for n in range(3)]
+    draw_loss(records, [("model", float("nan"))], tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").stat().st_size > 0
 
 
 def test_plain_progress_lines() -> None:
