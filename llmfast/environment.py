@@ -14,6 +14,11 @@ def strict() -> bool:
     return os.environ.get("LLMFAST_STRICT", "0") not in ("", "0")
 
 
+def cpu_variant() -> str | None:
+    """`LLMFAST_CPU`: the instruction set the C++ kernels use instead of the best this CPU has, for tests."""
+    return os.environ.get("LLMFAST_CPU") or None
+
+
 def cache_dir() -> Path:
     """`LLMFAST_CACHE`: where prepared corpora go; `$XDG_CACHE_HOME/llmfast`, else `~/.cache/llmfast`, when unset."""
     explicit = os.environ.get("LLMFAST_CACHE")

@@ -15,9 +15,15 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session")
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a test runs: on the GPU if there is one, unless the backend that it is parametrized by runs elsewhere."""
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    where = {"cpp": "cpu", "cuda": "cuda"}.get(parameters.get("backend", ""), here)
+    if where == "cuda" and here != "cuda":
+        pytest.skip("needs a CUDA device")
+    return where
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

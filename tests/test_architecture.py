@@ -26,6 +26,7 @@ FLOORS = {
     "testing": 3,
     "ops": 2,
     "hardware": 1,
+    "native": 1,
     "errors": 0,
     "environment": 0,
     "files": 0,

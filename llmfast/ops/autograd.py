@@ -45,6 +45,89 @@ class LayerNorm(torch.autograd.Function):
         return None, dx, dw, db, None
 
 
+class RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kernels: ModuleType, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        y, rstd = kernels.rms_norm_fwd(x, weight, eps)
+        ctx.kernels = kernels
+        ctx.save_for_backward(x, weight, rstd)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, *ctx.kernels.rms_norm_bwd(grad_outputs[0], *ctx.saved_tensors), None
+
+
+class GELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kernels: ModuleType, x: Tensor, approximate: str) -> Tensor:
+        ctx.kernels, ctx.approximate = kernels, approximate
+        ctx.save_for_backward(x)
+        return kernels.gelu_fwd(x, approximate)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, ctx.kernels.gelu_bwd(grad_outputs[0], *ctx.saved_tensors, ctx.approximate), None
+
+
+class BiasGELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kernels: ModuleType, x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+        ctx.kernels, ctx.approximate = kernels, approximate
+        ctx.save_for_backward(x, bias)
+        return kernels.bias_gelu_fwd(x, bias, approximate)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, *ctx.kernels.bias_gelu_bwd(grad_outputs[0], *ctx.saved_tensors, ctx.approximate), None
+
+
+class SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kernels: ModuleType, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.kernels = kernels
+        ctx.save_for_backward(gate, up)
+        return kernels.swiglu_fwd(gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, *ctx.kernels.swiglu_bwd(grad_outputs[0], *ctx.saved_tensors)
+
+
+class RoPE(torch.autograd.Function):
+    """The tables get no gradient: they are constants of the model."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: ModuleType, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.kernels = kernels
+        ctx.save_for_backward(cos, sin)
+        return kernels.rope_fwd(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, ctx.kernels.rope_bwd(grad_outputs[0], *ctx.saved_tensors), None, None
+
+
+class CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kernels: ModuleType, logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+        loss, statistics, count = kernels.cross_entropy_fwd(logits, targets, ignore_index)
+        ctx.kernels, ctx.ignore_index = kernels, ignore_index
+        ctx.save_for_backward(logits, targets, statistics, count)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        dlogits = ctx.kernels.cross_entropy_bwd(grad_outputs[0], *ctx.saved_tensors, ctx.ignore_index)
+        return None, dlogits, None, None
+
+
 class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernels: ModuleType, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
@@ -64,4 +147,10 @@ FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
     "softmax": Softmax,
     "layer_norm": LayerNorm,
     "attention": Attention,
+    "rms_norm": RMSNorm,
+    "gelu": GELU,
+    "bias_gelu": BiasGELU,
+    "swiglu": SwiGLU,
+    "rope": RoPE,
+    "cross_entropy": CrossEntropy,
 }

@@ -59,6 +59,17 @@ def gelu(x: Tensor, *, approximate: Literal["none", "tanh"] = "none", backend: s
     return _run("gelu", backend, _gelu_args(x, approximate=approximate))
 
 
+def bias_gelu(
+    x: Tensor,
+    bias: Tensor | None = None,
+    *,
+    approximate: Literal["none", "tanh"] = "none",
+    backend: str | None = None,
+) -> Tensor:
+    """gelu(x + bias): a linear layer's bias and activation in one pass. x: (..., N); bias: (N,), as layer_norm's."""
+    return _run("bias_gelu", backend, _bias_gelu_args(x, bias, approximate=approximate))
+
+
 def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     """silu(gate) * up, element by element; both of one shape and dtype."""
     return _run("swiglu", backend, _swiglu_args(gate, up))
@@ -132,6 +143,11 @@ def _check_row(op: str, x: Tensor, **parameters: Tensor | None) -> None:
             raise InputError(f"{op}: {name} has dtype {p.dtype}; with this x it must be {allowed}")
 
 
+def _check_approximate(op: str, approximate: str) -> None:
+    if approximate not in ("none", "tanh"):
+        raise InputError(f"{op}: approximate is {approximate!r}; it must be 'none' or 'tanh'")
+
+
 def _softmax_args(x: Tensor) -> tuple[Any, ...]:
     _check_float("softmax", x=x)
     _check_row("softmax", x)
@@ -182,9 +198,15 @@ def _attention_args(
 
 def _gelu_args(x: Tensor, *, approximate: str = "none") -> tuple[Any, ...]:
     _check_float("gelu", x=x)
-    if approximate not in ("none", "tanh"):
-        raise InputError(f"gelu: approximate is {approximate!r}; it must be 'none' or 'tanh'")
+    _check_approximate("gelu", approximate)
     return x, approximate
+
+
+def _bias_gelu_args(x: Tensor, bias: Tensor | None = None, *, approximate: str = "none") -> tuple[Any, ...]:
+    _check_float("bias_gelu", optional=("bias",), x=x, bias=bias)
+    _check_row("bias_gelu", x, bias=bias)
+    _check_approximate("bias_gelu", approximate)
+    return x, bias, approximate
 
 
 def _swiglu_args(gate: Tensor, up: Tensor) -> tuple[Any, ...]:
@@ -229,6 +251,7 @@ _ARGS = {
     "attention": _attention_args,
     "rms_norm": _rms_norm_args,
     "gelu": _gelu_args,
+    "bias_gelu": _bias_gelu_args,
     "swiglu": _swiglu_args,
     "rope": _rope_args,
     "cross_entropy": _cross_entropy_args,

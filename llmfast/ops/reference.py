@@ -57,7 +57,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Te
 
 def gelu(x: Tensor, approximate: str) -> Tensor:
     """x * Phi(x), Phi by `erf` ("none") or GPT-2's `tanh` (https://arxiv.org/abs/1606.08415)."""
-    return F.gelu(x.to(_accumulation_dtype(x)), approximate=approximate).to(x.dtype)
+    return bias_gelu(x, None, approximate)
+
+
+def bias_gelu(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+    """gelu(x + bias), rounded once. x: (..., N); bias: (N,) or None."""
+    h = x.to(_accumulation_dtype(x))
+    return F.gelu(h if bias is None else h + bias.to(h.dtype), approximate=approximate).to(x.dtype)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -45,16 +45,20 @@ def _triton(module: str) -> Backend:
     return Backend("triton", f"llmfast.kernels.{module}", frozenset({"cuda"}), _HALF_AND_FLOAT)
 
 
+_CPP = Backend("cpp", "llmfast.native.cpp", frozenset({"cpu"}), frozenset({torch.float32, torch.bfloat16}))
+_CUDA = Backend("cuda", "llmfast.native.cuda", frozenset({"cuda"}), _HALF_AND_FLOAT)
+
 # Backends of each op besides the reference, best first: the order auto tries them in.
 BACKENDS: dict[str, tuple[Backend, ...]] = {
-    "softmax": (_triton("softmax"),),
-    "layer_norm": (_triton("norm"),),
+    "softmax": (_triton("softmax"), _CUDA, _CPP),
+    "layer_norm": (_triton("norm"), _CUDA, _CPP),
     "attention": (_triton("attention"),),
-    "rms_norm": (),
-    "gelu": (),
-    "swiglu": (),
-    "rope": (),
-    "cross_entropy": (),
+    "rms_norm": (_CUDA, _CPP),
+    "gelu": (_CUDA, _CPP),
+    "bias_gelu": (_CUDA, _CPP),
+    "swiglu": (_CPP,),
+    "rope": (_CPP,),
+    "cross_entropy": (_CUDA, _CPP),
 }
 NAMES = (AUTO, REFERENCE, *dict.fromkeys(row.name for rows in BACKENDS.values() for row in rows))
 
@@ -96,6 +100,8 @@ def _load(module: str) -> ModuleType | str:
     """The backend's module, or why it cannot be imported."""
     try:
         return importlib.import_module(module)
+    except BackendError as error:  # a native library that is not there says why
+        return str(error)
     except Exception as error:  # a broken Triton raises anything at import; the reason is kept and shown
         return f"{module} cannot be imported: {type(error).__name__}: {error}".splitlines()[0]
 

@@ -48,7 +48,7 @@ def run(function: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor, dty
     """The output of `function` at `dtype` and its gradients for an upstream `grad`. Strides of inputs are kept."""
     leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]
     out = function(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
 
 
 def _compare(name: str, ours: Tensor, peer: Tensor, truth: Tensor, magnitude: float, looseness: float) -> Comparison:

@@ -21,7 +21,7 @@ from ..errors import InputError
 from ..ops.registry import BACKENDS, REFERENCE
 from .accuracy import compare
 from .cases import BENCHMARK_CASES, CPU_BENCHMARK_CASES, Case, make_inputs
-from .peers import CPU_PEERS, PEERS, Function
+from .peers import Function, peers
 from .timing import Ceilings, ceilings, milliseconds
 
 DIRECTIONS = ("fwd", "bwd")
@@ -49,7 +49,7 @@ def main(op: str, argv: list[str] | None = None) -> None:
     """The command line of benchmarks/<op>.py."""
     parser = argparse.ArgumentParser(description=f"Check, then time, {op} on every backend and its peers.")
     parser.add_argument("--device", help="cuda, cuda:<number> or cpu; by default a GPU if there is one")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="bfloat16 on a GPU, else float32")
     parser.add_argument("--only", default="", help="only cases whose label contains this text")
     parser.add_argument("--providers", default="", help="only these providers, separated by commas")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
@@ -63,7 +63,7 @@ def run(
     op: str,
     *,
     device: str | None = None,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
     only: str = "",
     providers: str = "",
     json: Path | None = None,
@@ -76,9 +76,9 @@ def run(
     where = hardware.device(device)
     console = Console(width=None if sys.stdout.isatty() else 120)
     cases = BENCHMARK_CASES if where.type == "cuda" else CPU_BENCHMARK_CASES
+    dtype = dtype or ("bfloat16" if where.type == "cuda" else "float32")
     if where.type != "cuda":
-        console.print("No GPU is used: small shapes in float32 on the CPU backends, times by the host's clock.")
-        dtype = "float32"
+        console.print("No GPU is used: small shapes on the CPU backends, times by the host's clock.")
     torch_dtype = getattr(torch, dtype)
     ceiling = ceilings(where, torch_dtype)
     rows: list[Row] = []
@@ -114,14 +114,14 @@ def _git_commit() -> str | None:
         return None
 
 
-def _providers(case: Case, device: torch.device) -> Iterable[tuple[str, Function | str, bool]]:
+def _providers(case: Case, device: torch.device, dtype: torch.dtype) -> Iterable[tuple[str, Function | str, bool]]:
     """(name, function or why there is none, whether it is ours) of all that can be timed."""
     for backend in BACKENDS[case.op]:
-        if device.type in backend.devices:
+        if device.type in backend.devices and dtype in backend.dtypes:
             yield backend.name, (lambda *t, name=backend.name: case.ours(*t, backend=name)), True
     if device.type != "cuda":
         yield REFERENCE, (lambda *t: case.ours(*t, backend=REFERENCE)), True
-    for name, build in (PEERS[case.op] if device.type == "cuda" else CPU_PEERS).items():
+    for name, build in peers(case, device).items():
         try:
             yield name, build(case), False
         except ImportError as error:
@@ -132,9 +132,9 @@ def _bench_case(
     case: Case, device: torch.device, dtype: torch.dtype, ceiling: Ceilings, wanted: list[str]
 ) -> list[Row]:
     inputs = make_inputs(case, device, dtype)
-    grad = torch.randn(next(iter(case.inputs.values())), device=device).to(dtype)
+    grad = torch.randn(case.output, device=device).to(dtype)
     rows = []
-    for name, function, ours in _providers(case, device):
+    for name, function, ours in _providers(case, device, dtype):
         if wanted and name not in wanted:
             continue
         if isinstance(function, str):

@@ -4,8 +4,9 @@ Tests walk `TEST_CASES`, benchmarks `BENCHMARK_CASES`; both compare with `llmfas
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,54 @@ class Work(NamedTuple):
     flops: float
 
 
+class _Defaults:
+    """What a case is unless its own class says otherwise."""
+
+    amplification: float = 1.0
+    """How far the op can magnify a rounding error of its input."""
+
+    def looseness(self, result: Tensor) -> float:
+        """How many times PyTorch's error is allowed."""
+        return 2.0
+
+    def probe(self, t: Tensor) -> Tensor:
+        """The part of a tensor that is compared: all of it."""
+        return t
+
+
+def _torch_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As models without a kernel write it: rotate half, at the tensors' dtype."""
+    cos, sin = (torch.cat((t, t), -1)[:, None].to(x.dtype) for t in (cos, sin))
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+# PyTorch's own function of each op over rows, at the tensors' dtype.
+_TORCH: dict[str, Callable[..., Tensor]] = {
+    "softmax": lambda x: F.softmax(x, dim=-1),
+    "layer_norm": lambda x, weight, bias: F.layer_norm(x, x.shape[-1:], weight, bias),
+    "rms_norm": lambda x, weight: F.rms_norm(x, x.shape[-1:], weight, 1e-6),
+    "gelu": F.gelu,
+    "bias_gelu": lambda x, bias: F.gelu(x + bias, approximate="tanh"),
+    "swiglu": lambda gate, up: F.silu(gate) * up,
+}
+# Names of each op's tensors, and whether each is a row vector.
+_ROW_INPUTS: dict[str, dict[str, bool]] = {
+    "softmax": {"x": False},
+    "layer_norm": {"x": False, "weight": True, "bias": True},
+    "rms_norm": {"x": False, "weight": True},
+    "gelu": {"x": False},
+    "bias_gelu": {"x": False, "bias": True},
+    "swiglu": {"gate": False, "up": False},
+}
+_ROW_OPTIONS: dict[str, dict[str, Any]] = {"bias_gelu": {"approximate": "tanh"}}
+# Tensors of (rows, cols) that must be read or written, forward and backward.
+_ROW_PASSES: dict[str, tuple[int, int]] = {"swiglu": (3, 5)}
+_EPS = {"layer_norm": 1e-5, "rms_norm": 1e-6}
+
+
 @dataclass(frozen=True)
-class RowCase:
+class RowCase(_Defaults):
     """`op` over (rows, cols)."""
 
     op: str
@@ -36,41 +83,108 @@ class RowCase:
     @property
     def inputs(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the op's tensors, in order."""
-        shapes: dict[str, tuple[int, ...]] = {"x": (self.rows, self.cols)}
-        if self.op == "layer_norm":
-            shapes |= {"weight": (self.cols,), "bias": (self.cols,)}
-        return shapes
+        shape = (self.rows, self.cols)
+        return {name: shape[1:] if vector else shape for name, vector in _ROW_INPUTS[self.op].items()}
+
+    @property
+    def output(self) -> tuple[int, ...]:
+        return self.rows, self.cols
 
     @property
     def amplification(self) -> float:
-        """How far the op can magnify a rounding error of its input: 1/sqrt(eps) for a constant row's normalisation."""
-        return 1e-5**-0.5 if self.op == "layer_norm" else 1.0
-
-    def looseness(self, result: Tensor) -> float:
-        """How many times PyTorch's error is allowed."""
-        return 2.0
+        """1/sqrt(eps), for the normalisation of a constant row."""
+        return _EPS[self.op] ** -0.5 if self.op in _EPS else 1.0
 
     def ours(self, *tensors: Tensor, backend: str) -> Tensor:
-        return getattr(ops, self.op)(*tensors, backend=backend)
+        return getattr(ops, self.op)(*tensors, **_ROW_OPTIONS.get(self.op, {}), backend=backend)
 
     def torch(self, *tensors: Tensor) -> Tensor:
         """PyTorch's own function at the tensors' dtype."""
-        if self.op == "softmax":
-            return F.softmax(tensors[0], dim=-1)
-        x, weight, bias = tensors
-        return F.layer_norm(x, x.shape[-1:], weight, bias)
-
-    def probe(self, t: Tensor) -> Tensor:
-        """The part of a tensor that is compared: all of it."""
-        return t
+        return _TORCH[self.op](*tensors)
 
     def work(self, direction: str, itemsize: int) -> Work:
-        passes = 2 if direction == "fwd" else 3
+        passes = _ROW_PASSES.get(self.op, (2, 3))[direction == "bwd"]
         return Work(float(passes * self.rows * self.cols * itemsize), 0.0)
 
 
 @dataclass(frozen=True)
-class AttentionCase:
+class CrossEntropyCase(_Defaults):
+    """Mean cross-entropy of (rows, classes) logits; every fifth target is left out."""
+
+    rows: int
+    classes: int
+    op: str = "cross_entropy"
+    output: tuple[int, ...] = ()
+
+    @property
+    def label(self) -> str:
+        return f"{self.rows}x{self.classes}"
+
+    @property
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        return {"logits": (self.rows, self.classes)}
+
+    def targets(self, device: torch.device) -> Tensor:
+        generator = torch.Generator().manual_seed(self.rows)
+        targets = torch.randint(0, self.classes, (self.rows,), generator=generator)
+        targets[4::5] = -100
+        return targets.to(device)
+
+    def ours(self, *tensors: Tensor, backend: str) -> Tensor:
+        return ops.cross_entropy(*tensors, self.targets(tensors[0].device), backend=backend)
+
+    def torch(self, *tensors: Tensor) -> Tensor:
+        """F.cross_entropy at the tensors' dtype, its result widened to ours; 0 where it would be 0 / 0."""
+        targets = self.targets(tensors[0].device)
+        if self.rows == 0:
+            return (0 * tensors[0].sum()).to(torch.promote_types(tensors[0].dtype, torch.float32))
+        loss = F.cross_entropy(tensors[0], targets)
+        return loss.to(torch.promote_types(loss.dtype, torch.float32))
+
+    def work(self, direction: str, itemsize: int) -> Work:
+        return Work(float((1 if direction == "fwd" else 2) * self.rows * self.classes * itemsize), 0.0)
+
+
+@dataclass(frozen=True)
+class RopeCase(_Defaults):
+    """Rotary embedding of (batch, length, heads, head_dim)."""
+
+    batch: int
+    length: int
+    heads: int
+    head_dim: int
+    op: str = "rope"
+
+    @property
+    def label(self) -> str:
+        return f"B{self.batch} T{self.length} H{self.heads} D{self.head_dim}"
+
+    @property
+    def output(self) -> tuple[int, ...]:
+        return self.batch, self.length, self.heads, self.head_dim
+
+    @property
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        return {"x": self.output}
+
+    def tables(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, float32 as a model keeps them (float64 for the truth, of the same values)."""
+        angles = torch.outer(torch.arange(self.length), 10000.0 ** -torch.linspace(0, 1, self.head_dim // 2))
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return angles.cos().to(like.device, dtype), angles.sin().to(like.device, dtype)
+
+    def ours(self, *tensors: Tensor, backend: str) -> Tensor:
+        return ops.rope(*tensors, *self.tables(tensors[0]), backend=backend)
+
+    def torch(self, *tensors: Tensor) -> Tensor:
+        return _torch_rope(*tensors, *self.tables(tensors[0]))
+
+    def work(self, direction: str, itemsize: int) -> Work:
+        return Work(float(2 * math.prod(self.output) * itemsize), 0.0)
+
+
+@dataclass(frozen=True)
+class AttentionCase(_Defaults):
     """Attention of (batch, n_queries, heads, head_dim) over (batch, n_keys, kv_heads, head_dim)."""
 
     batch: int
@@ -81,7 +195,6 @@ class AttentionCase:
     head_dim: int
     causal: bool
     op: str = "attention"
-    amplification: float = 1.0
 
     def looseness(self, result: Tensor) -> float:
         """How many times PyTorch's error is allowed: 2, and 3 in float32 in two cases.
@@ -103,6 +216,10 @@ class AttentionCase:
     def inputs(self) -> dict[str, tuple[int, ...]]:
         kv = (self.batch, self.n_keys, self.kv_heads, self.head_dim)
         return {"q": (self.batch, self.n_queries, self.heads, self.head_dim), "k": kv, "v": kv}
+
+    @property
+    def output(self) -> tuple[int, ...]:
+        return self.inputs["q"]
 
     def ours(self, *tensors: Tensor, backend: str) -> Tensor:
         return ops.attention(*tensors, causal=self.causal, backend=backend)
@@ -137,7 +254,7 @@ class AttentionCase:
         return Work(float(elements * itemsize * (1 if direction == "fwd" else 2)), flops)
 
 
-Case = RowCase | AttentionCase
+Case = RowCase | CrossEntropyCase | RopeCase | AttentionCase
 
 
 def make_inputs(
@@ -190,9 +307,12 @@ _ATTENTION_SHAPES = [
     (2, 5, 0, 2, 1, 64),
 ]
 
+_ROPE_SHAPES = [(1, 1, 1, 2), (2, 7, 3, 6), (1, 33, 2, 64), (3, 5, 1, 128), (0, 4, 2, 8), (2, 0, 2, 8)]
+
 TEST_CASES: dict[str, list[Case]] = {
-    "softmax": _rows("softmax", *_ROW_SHAPES),
-    "layer_norm": _rows("layer_norm", *_ROW_SHAPES),
+    **{op: _rows(op, *_ROW_SHAPES) for op in _ROW_INPUTS},
+    "cross_entropy": [CrossEntropyCase(*shape) for shape in _ROW_SHAPES],
+    "rope": [RopeCase(*shape) for shape in _ROPE_SHAPES],
     "attention": [AttentionCase(*shape, causal) for shape in _ATTENTION_SHAPES for causal in (False, True)],
 }
 
@@ -208,15 +328,32 @@ def _attention_benchmark() -> list[Case]:
     ]
 
 
+_NORM_SHAPES = ((32768, 768), (32768, 2048), (32768, 4096), (32768, 8192), (8192, 32768))
+_VERY_LONG_ROWS = ((4096, 65536), (2048, 131072))
+
 BENCHMARK_CASES: dict[str, list[Case]] = {
-    "softmax": _rows("softmax", (32768, 1024), (32768, 4096), (16384, 8192), (8192, 32768), (8192, 50304)),
-    "layer_norm": _rows("layer_norm", (32768, 768), (32768, 2048), (32768, 4096), (32768, 8192), (8192, 32768)),
+    "softmax": _rows(
+        "softmax", (32768, 1024), (32768, 4096), (16384, 8192), (8192, 32768), (8192, 50304), *_VERY_LONG_ROWS
+    ),
+    "layer_norm": _rows("layer_norm", *_NORM_SHAPES, *_VERY_LONG_ROWS),
+    "rms_norm": _rows("rms_norm", *_NORM_SHAPES, *_VERY_LONG_ROWS),
+    "gelu": _rows("gelu", (32768, 3072)),
+    "bias_gelu": _rows("bias_gelu", (32768, 3072), (16384, 8192)),
+    "swiglu": _rows("swiglu", (32768, 3072), (16384, 8192)),
+    "cross_entropy": [CrossEntropyCase(32768, 4096), CrossEntropyCase(16384, 50304), CrossEntropyCase(4096, 131072)],
+    "rope": [RopeCase(16, 1024, 12, 64), RopeCase(4, 4096, 16, 128)],
     "attention": _attention_benchmark(),
 }
 
 # What a machine without a GPU runs instead.
+_CPU_SHAPES = ((4096, 768), (1024, 4096))
 CPU_BENCHMARK_CASES: dict[str, list[Case]] = {
     "softmax": _rows("softmax", (1024, 768), (256, 50304)),
-    "layer_norm": _rows("layer_norm", (4096, 768), (1024, 4096)),
-    "attention": [AttentionCase(1, 512, 512, 8, 8, 64, c) for c in (False, True)],
+    **{op: _rows(op, *_CPU_SHAPES) for op in _ROW_INPUTS if op != "softmax"},
+    "cross_entropy": [CrossEntropyCase(4096, 768), CrossEntropyCase(1024, 4096), CrossEntropyCase(256, 50304)],
+    "rope": [RopeCase(4, 512, 12, 64)],
+    "attention": [
+        *(AttentionCase(1, 1024, 1024, 12, 12, 64, c) for c in (False, True)),
+        AttentionCase(8, 128, 128, 3, 3, 64, True),
+    ],
 }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .cases import AttentionCase, Case
+from .cases import AttentionCase, Case, CrossEntropyCase
 
 Function = Callable[..., Tensor]
 
@@ -44,10 +44,6 @@ def _flash_attention_4(case: Case) -> Function:
     return run
 
 
-def _quack_softmax(case: Case) -> Function:
-    return importlib.import_module("quack").softmax
-
-
 def _liger_softmax(case: Case) -> Function:
     return importlib.import_module("liger_kernel.ops.softmax").LigerSoftmaxFunction.apply
 
@@ -57,24 +53,44 @@ def _liger_layer_norm(case: Case) -> Function:
     return lambda x, weight, bias: apply(x, weight, bias, 1e-5)
 
 
-PEERS: dict[str, dict[str, Callable[[Case], Function]]] = {
-    "softmax": {
-        "torch": lambda case: case.torch,
-        "torch.compile": _compiled,
-        "QuACK": _quack_softmax,
-        "Liger": _liger_softmax,
-    },
-    "layer_norm": {
-        "torch": lambda case: case.torch,
-        "torch.compile": _compiled,
-        "Liger": _liger_layer_norm,
-    },
-    "attention": {
-        "torch cuDNN": _sdpa(SDPBackend.CUDNN_ATTENTION),
-        "torch flash": _sdpa(SDPBackend.FLASH_ATTENTION),
-        "FlashAttention-4": _flash_attention_4,
-    },
+def _quack(name: str) -> Callable[[Case], Function]:
+    def build(case: Case) -> Function:
+        function = getattr(importlib.import_module("quack"), name)
+        if isinstance(case, CrossEntropyCase):
+            return lambda logits: function(logits, case.targets(logits.device), reduction="mean")
+        return function
+
+    return build
+
+
+def _liger_rms_norm(case: Case) -> Function:
+    apply = importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction.apply
+    return lambda x, weight: apply(x, weight, 1e-6, 0.0, "llama", False)
+
+
+def _liger_swiglu(case: Case) -> Function:
+    return importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction.apply
+
+
+_ATTENTION: dict[str, Callable[[Case], Function]] = {
+    "torch cuDNN": _sdpa(SDPBackend.CUDNN_ATTENTION),
+    "torch flash": _sdpa(SDPBackend.FLASH_ATTENTION),
+    "FlashAttention-4": _flash_attention_4,
+}
+# Beside PyTorch's own function and torch.compile's of it.
+_LIBRARIES: dict[str, dict[str, Callable[[Case], Function]]] = {
+    "softmax": {"QuACK": _quack("softmax"), "Liger": _liger_softmax},
+    "layer_norm": {"Liger": _liger_layer_norm},
+    "rms_norm": {"QuACK": _quack("rmsnorm"), "Liger": _liger_rms_norm},
+    "cross_entropy": {"QuACK": _quack("cross_entropy")},
+    "swiglu": {"Liger": _liger_swiglu},
 }
 
-# What stands for PyTorch on a CPU, where neither a compiler nor another library is timed.
-CPU_PEERS: dict[str, Callable[[Case], Function]] = {"torch": lambda case: case.torch}
+
+def peers(case: Case, device: torch.device) -> dict[str, Callable[[Case], Function]]:
+    """What is timed beside ours; on a CPU neither a compiler nor another library."""
+    if device.type != "cuda":
+        return {"torch": lambda case: case.torch}
+    if isinstance(case, AttentionCase):
+        return _ATTENTION
+    return {"torch": lambda case: case.torch, "torch.compile": _compiled, **_LIBRARIES.get(case.op, {})}

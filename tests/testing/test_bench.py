@@ -32,7 +32,7 @@ def test_writes_its_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert record["date"].startswith("20") and record["date"].endswith("+00:00")
     assert all(value > 0 for value in record["ceilings"].values())
     assert [(r["provider"], r["direction"]) for r in record["rows"]] == [
-        (provider, direction) for provider in ("reference", "torch") for direction in ("fwd", "bwd")
+        (provider, direction) for provider in ("cpp", "reference", "torch") for direction in ("fwd", "bwd")
     ]
     for row, written in zip(rows, record["rows"], strict=True):
         assert (written["op"], written["case"]) == ("softmax", LABEL)
@@ -82,7 +82,7 @@ def test_best_peer_is_the_fastest_on_the_same_case() -> None:
 
 
 def test_unknown_op_and_device_are_refused() -> None:
-    with pytest.raises(InputError, match="unknown benchmark 'conv'; choose one of: softmax, layer_norm, attention"):
+    with pytest.raises(InputError, match="unknown benchmark 'conv'; choose one of: softmax, layer_norm, rms_norm"):
         bench.run("conv")
     with pytest.raises(InputError, match="unknown device 'tpu'"):
         bench.run("softmax", device="tpu")

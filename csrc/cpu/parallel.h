@@ -1,0 +1,71 @@
+// Runs a kernel's range of work on torch's own threads: no second pool, and torch.set_num_threads holds for it too.
+#pragma once
+#include <algorithm>
+#include <atomic>
+
+#include "../tensor.h"
+#include "kernels.h"
+
+namespace llmfast::cpu {
+
+// Elements of work below which another thread costs more than it saves.
+constexpr int64_t kGrain = 16384;
+
+template <class Args>
+struct Task {
+  Kernel<Args> kernel;
+  const Args* args;
+  std::atomic<int64_t> next{0};
+  int64_t items = 0;
+};
+
+// Contiguous shares of `items`, each of `work` elements.
+template <class Args>
+void parallel(Kernel<Args> kernel, const Args& args, int64_t items, int64_t work) {
+  if (items == 0) return;
+  Task<Args> task{kernel, &args};
+  const auto run = [](int64_t begin, int64_t end, void* context) {
+    const auto& t = *static_cast<Task<Args>*>(context);
+    t.kernel(*t.args, begin, end);
+  };
+  LLMFAST_TORCH(torch_parallel_for(0, items, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work)), run, &task));
+}
+
+inline int64_t threads() {
+  uint32_t n = 1;
+  LLMFAST_TORCH(torch_get_num_threads(&n));
+  return n;
+}
+
+// Items of unequal work, in order, each to the next free thread.
+template <class Args>
+void parallel_dynamic(Kernel<Args> kernel, const Args& args, int64_t items) {
+  Task<Args> task{kernel, &args};
+  task.items = items;
+  const auto run = [](int64_t, int64_t, void* context) {
+    auto& t = *static_cast<Task<Args>*>(context);
+    for (int64_t i; (i = t.next.fetch_add(1)) < t.items;) t.kernel(*t.args, i, i + 1);
+  };
+  LLMFAST_TORCH(torch_parallel_for(0, std::min(items, threads()), 1, run, &task));
+}
+
+// Rows in chunks, one partial sum of `cols` floats each; then the sum of the partials.
+struct Chunks {
+  int64_t count, rows_per_chunk;
+
+  // As many as threads: a sum's order, and so its rounding, depends on their number alone.
+  Chunks(int64_t rows, int64_t cols) {
+    const int64_t useful = std::max<int64_t>(1, rows * cols / kGrain);
+    rows_per_chunk = std::max<int64_t>(1, (rows + std::min(threads(), useful) - 1) / std::min(threads(), useful));
+    count = (rows + rows_per_chunk - 1) / rows_per_chunk;
+  }
+};
+
+inline Tensor sum_partials(const Tensor& partial, const Chunks& chunks, int64_t cols) {
+  Tensor out = empty_float32({cols}, partial);
+  parallel(kernels().column_sum, ColumnSum{partial.data<float>(), out.data<float>(), chunks.count, cols}, cols,
+           chunks.count);
+  return out;
+}
+
+}  // namespace llmfast::cpu

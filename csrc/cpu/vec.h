@@ -1,0 +1,209 @@
+// A vector of floats as wide as the instruction set that is being compiled for, and the functions the kernels need.
+//
+// Plain GCC and Clang vector extensions, so that NEON and any other target take the same path.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels.h"
+
+namespace llmfast::cpu::LLMFAST_VARIANT {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(W * 4)));
+typedef int32_t IntVec __attribute__((vector_size(W * 4)));
+typedef uint32_t UintVec __attribute__((vector_size(W * 4)));
+typedef uint16_t HalfVec __attribute__((vector_size(W * 2)));
+
+inline Vec splat(float value) { return value - Vec{}; }
+inline IntVec bits(Vec v) { return (IntVec)v; }
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }  // of a NaN in a: b
+inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
+
+inline Vec load(const float* p) {
+  Vec v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
+
+inline Vec load(const BFloat16* p) {
+  HalfVec half;
+  memcpy(&half, p, sizeof half);
+  return (Vec)(__builtin_convertvector(half, UintVec) << 16);
+}
+// Rounds to nearest, ties to even; a NaN stays one.
+inline HalfVec round_to_bfloat16(Vec v) {
+  const UintVec b = (UintVec)v;
+  UintVec rounded = b + 0x7fff + ((b >> 16) & 1);
+  rounded = v == v ? rounded : (b | 0x400000);
+  return __builtin_convertvector(rounded >> 16, HalfVec);
+}
+inline void store(BFloat16* p, Vec v) {
+  const HalfVec half = round_to_bfloat16(v);
+  memcpy(p, &half, sizeof half);
+}
+
+// How many elements of a vector are there: all W, or the last n < W of a row.
+struct Full {};
+struct Part {
+  int64_t n;
+};
+template <class T>
+inline Vec load(const T* p, Full, float = 0.0f) {
+  return load(p);
+}
+template <class T>
+inline Vec load(const T* p, Part part, float other = 0.0f) {
+  float lanes[W];
+  for (int i = 0; i < W; ++i) lanes[i] = i < part.n ? to_float(p[i]) : other;
+  return load(lanes);
+}
+template <class T>
+inline void store(T* p, Vec v, Full) {
+  store(p, v);
+}
+template <class T>
+inline void store(T* p, Vec v, Part part) {
+  T lanes[W];
+  store(lanes, v);
+  memcpy(p, lanes, part.n * sizeof(T));
+}
+inline Vec keep(Vec v, Full, float = 0.0f) { return v; }
+inline Vec keep(Vec v, Part part, float other = 0.0f) {
+  float lanes[W];
+  store(lanes, v);
+  for (int64_t i = part.n; i < W; ++i) lanes[i] = other;
+  return load(lanes);
+}
+
+// f(i, Full or Part) for every vector of a row of n elements.
+template <class F>
+inline void sweep(int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) f(i, Full{});
+  if (i < n) f(i, Part{n - i});
+}
+
+inline float sum(Vec v) {
+  float lanes[W];
+  store(lanes, v);
+  for (int width = W / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+inline float max(Vec v) {
+  float lanes[W];
+  store(lanes, v);
+  for (int i = 1; i < W; ++i) lanes[0] = lanes[i] > lanes[0] || lanes[i] != lanes[i] ? lanes[i] : lanes[0];
+  return lanes[0];
+}
+
+// The sum over a row of f(i, Full or Part): four chains of additions, for speed and for smaller rounding errors.
+template <class F>
+inline float reduce_sum(int64_t n, F f) {
+  Vec a = {}, b = {}, c = {}, d = {};
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W) {
+    a += f(i, Full{});
+    b += f(i + W, Full{});
+    c += f(i + 2 * W, Full{});
+    d += f(i + 3 * W, Full{});
+  }
+  for (; i + W <= n; i += W) a += f(i, Full{});
+  if (i < n) b += keep(f(i, Part{n - i}), Part{n - i});
+  return sum((a + b) + (c + d));
+}
+
+template <class T>
+inline float reduce_max(const T* row, int64_t n) {
+  Vec a = splat(-INFINITY), b = a;
+  int64_t i = 0;
+  for (; i + 2 * W <= n; i += 2 * W) {
+    a = max(a, load(row + i));
+    b = max(b, load(row + i + W));
+  }
+  for (; i + W <= n; i += W) a = max(a, load(row + i));
+  if (i < n) b = max(b, load(row + i, Part{n - i}, -INFINITY));
+  return max(max(a, b));
+}
+
+// e^x to about one unit in the last place: x = n ln 2 + r (Cody and Waite, Software Manual for the Elementary
+// Functions, 1980), e^r by a polynomial fitted to |r| <= ln 2 / 2. Below -87.3 gives 0, above 88.7 infinity.
+inline Vec exp(Vec x) {
+  const Vec clamped = min(max(x, splat(-104.0f)), splat(89.0f));
+  const Vec shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const Vec shifted = clamped * 1.44269504f + shifter;
+  const Vec n = shifted - shifter;
+  const Vec r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
+  Vec q = splat(0.00139505998f);
+  q = q * r + 0.00836895406f;
+  q = q * r + 0.0416662060f;
+  q = q * r + 0.166665182f;
+  q = q * r + 0.5f;
+  const Vec e = q * r * r + r + 1.0f;
+  // 2^n in two factors, as n runs from -150 to 128 while a float's exponent ends at -126 and 127.
+  const IntVec integer = bits(shifted) - bits(shifter);
+  const IntVec half = integer >> 1;
+  const Vec low = (Vec)((half + 127) << 23);
+  const Vec high = (Vec)((integer - half + 127) << 23);
+  const Vec y = e * low * high;
+  return x == x ? y : x;
+}
+
+// Both parts are polynomials fitted here: x + x R(x^2) below 1, and 1 - e^(P(|x|)) above, where P = log(erfc).
+inline Vec erf(Vec x) {
+  const Vec a = min((Vec)(bits(x) & 0x7fffffff), splat(4.0f));
+  const Vec t = a * a;
+  Vec r = splat(7.64779397e-5f);
+  r = r * t + -7.94258725e-4f;
+  r = r * t + 5.17978054e-3f;
+  r = r * t + -2.68486105e-2f;
+  r = r * t + 1.12834305e-1f;
+  r = r * t + -3.76126051e-1f;
+  r = r * t + 1.28379151e-1f;
+  Vec p = splat(1.85574012e-4f);
+  p = p * a + -2.93960748e-3f;
+  p = p * a + 2.18053199e-2f;
+  p = p * a + -1.03037372e-1f;
+  p = p * a + -6.38225675e-1f;
+  p = p * a + -1.12704003e0f;
+  p = p * a + -3.53718380e-4f;
+  const Vec magnitude = a < 1.0f ? a + a * r : 1.0f - exp(p);
+  const Vec y = (Vec)(bits(magnitude) | (bits(x) & (int32_t)0x80000000));
+  return x == x ? y : x;
+}
+
+inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
+
+inline Vec square_root(Vec v) {
+  float lanes[W];
+  store(lanes, v);
+  for (int i = 0; i < W; ++i) lanes[i] = __builtin_sqrtf(lanes[i]);
+  return load(lanes);
+}
+
+// Memory for one call of a kernel.
+class Scratch {
+ public:
+  explicit Scratch(int64_t n) : data_(static_cast<float*>(malloc(n * sizeof(float)))) {
+    if (!data_) abort();
+  }
+  ~Scratch() { free(data_); }
+  Scratch(const Scratch&) = delete;
+  float* data() const { return data_; }
+
+ private:
+  float* data_;
+};
+
+}  // namespace llmfast::cpu::LLMFAST_VARIANT

@@ -1,0 +1,6 @@
+"""The backend `cpp`: C++ on the CPU, float32 and bfloat16."""
+
+from . import library
+from .launch import *  # noqa: F403
+
+library.load("cpu")

@@ -1,0 +1,156 @@
+"""Launchers over the native ops: tensors in, tensors out, as the Triton kernels' are. The tensors' device decides which
+library runs; rows that are not evenly spaced are copied first."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import schemas
+
+schemas.define()
+_ops = torch.ops.llmfast
+
+
+def softmax_fwd(x: Tensor) -> Tensor:
+    """x: (..., N) -> (..., N), contiguous."""
+    return _softmax_fwd(as_rows(x))
+
+
+def softmax_bwd(dy: Tensor, y: Tensor) -> Tensor:
+    """dy, y: (..., N) -> dx, contiguous."""
+    return _softmax_bwd(as_rows(dy), as_rows(y))
+
+
+def layer_norm_fwd(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x: (..., N); weight, bias: (N,) or None -> y as x, contiguous; mean and 1/std, (rows,) float32."""
+    return _layer_norm_fwd(as_rows(x), _vector(weight), _vector(bias), eps)
+
+
+def layer_norm_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, has_bias: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """-> dx as x; dweight, dbias (N,) float32 or None."""
+    dx, dw, db = _layer_norm_bwd(as_rows(dy), as_rows(x), _vector(weight), mean, rstd)
+    return dx, None if weight is None else dw, db if has_bias else None
+
+
+def rms_norm_fwd(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """x: (..., N); weight: (N,) or None -> y as x, contiguous; 1/rms, (rows,) float32."""
+    return _rms_norm_fwd(as_rows(x), _vector(weight), eps)
+
+
+def rms_norm_bwd(dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor) -> tuple[Tensor, Tensor | None]:
+    """-> dx as x; dweight (N,) float32 or None."""
+    dx, dw = _rms_norm_bwd(as_rows(dy), as_rows(x), _vector(weight), rstd)
+    return dx, None if weight is None else dw
+
+
+def bias_gelu_fwd(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+    """gelu(x + bias). x: (..., N); bias: (N,) or None -> (..., N), contiguous."""
+    return _bias_gelu_fwd(as_rows(x), _vector(bias), approximate == "tanh")
+
+
+def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str) -> tuple[Tensor, Tensor | None]:
+    """-> dx as x; dbias (N,) float32 or None."""
+    dx, db = _bias_gelu_bwd(as_rows(dy), as_rows(x), _vector(bias), approximate == "tanh")
+    return dx, None if bias is None else db
+
+
+def bias_gelu_limits(x: Tensor, bias: Tensor | None, approximate: str) -> str | None:
+    """Why x has no rows to work on."""
+    return "needs at least one dimension and one element in the last" if x.dim() == 0 or x.shape[-1] == 0 else None
+
+
+def gelu_fwd(x: Tensor, approximate: str) -> Tensor:
+    """x: (..., N) -> (..., N), contiguous."""
+    return bias_gelu_fwd(x, None, approximate)
+
+
+def gelu_bwd(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
+    """-> dx as x."""
+    return bias_gelu_bwd(dy, x, None, approximate)[0]
+
+
+def gelu_limits(x: Tensor, approximate: str) -> str | None:
+    """Why x has no rows to work on."""
+    return bias_gelu_limits(x, None, approximate)
+
+
+def swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
+    """gate, up: (..., N) -> silu(gate) * up, contiguous."""
+    return _swiglu_fwd(as_rows(gate), as_rows(up))
+
+
+def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """-> dgate, dup, contiguous."""
+    return _swiglu_bwd(as_rows(dy), as_rows(gate), as_rows(up))
+
+
+def swiglu_limits(gate: Tensor, up: Tensor) -> str | None:
+    """Why gate has no rows to work on."""
+    return bias_gelu_limits(gate, None, "none")
+
+
+def rope_fwd(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x: (B, T, H, D) of any strides but the last; cos, sin: (T, D/2) -> as x, contiguous."""
+    return _rope(_adjacent(x), cos.float().contiguous(), sin.float().contiguous(), False)
+
+
+def rope_bwd(dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """-> dx, contiguous: a rotation back."""
+    return _rope(_adjacent(dy), cos.float().contiguous(), sin.float().contiguous(), True)
+
+
+def rope_limits(x: Tensor, cos: Tensor, sin: Tensor) -> str | None:
+    """Why a kernel cannot give what is asked."""
+    return "gives cos and sin no gradient; detach them" if cos.requires_grad or sin.requires_grad else None
+
+
+def cross_entropy_fwd(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """logits: (N, V); targets: (N,) int64 -> mean loss (), row maxima and sums (2, N), targets counted ()."""
+    return _cross_entropy_fwd(as_rows(logits), targets.contiguous(), ignore_index)
+
+
+def cross_entropy_bwd(
+    grad: Tensor, logits: Tensor, targets: Tensor, statistics: Tensor, count: Tensor, ignore_index: int
+) -> Tensor:
+    """-> dlogits, contiguous, of logits' dtype."""
+    return _cross_entropy_bwd(grad, as_rows(logits), targets.contiguous(), statistics, count, ignore_index)
+
+
+def cross_entropy_limits(logits: Tensor, targets: Tensor, ignore_index: int) -> str | None:
+    """Why there are no rows to work on."""
+    return "needs at least one class" if logits.shape[1] == 0 else None
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x where it is rows of adjacent elements at one distance from each other, else a contiguous copy."""
+    if x.is_contiguous():
+        return x
+    sizes, strides = x.shape, x.stride()
+    even = strides[-1] == 1
+    outer = [(n, s) for n, s in zip(sizes[:-1], strides[:-1], strict=True) if n != 1]
+    for (_, stride), (n, inner) in zip(outer, outer[1:], strict=False):
+        even = even and stride == n * inner
+    return x if even else x.contiguous()
+
+
+def _adjacent(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _vector(p: Tensor | None) -> Tensor | None:
+    return None if p is None else p.contiguous()
+
+
+def _op(name: str) -> Any:
+    return getattr(_ops, name).default
+
+
+_softmax_fwd, _softmax_bwd = _op("softmax_fwd"), _op("softmax_bwd")
+_layer_norm_fwd, _layer_norm_bwd = _op("layer_norm_fwd"), _op("layer_norm_bwd")
+_rms_norm_fwd, _rms_norm_bwd = _op("rms_norm_fwd"), _op("rms_norm_bwd")
+_bias_gelu_fwd, _bias_gelu_bwd = _op("bias_gelu_fwd"), _op("bias_gelu_bwd")
+_swiglu_fwd, _swiglu_bwd, _rope = _op("swiglu_fwd"), _op("swiglu_bwd"), _op("rope")
+_cross_entropy_fwd, _cross_entropy_bwd = _op("cross_entropy_fwd"), _op("cross_entropy_bwd")
