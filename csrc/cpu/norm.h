@@ -4,6 +4,31 @@
 
 namespace llmfast::cpu::LLMFAST_VARIANT {
 
+// The sums of x - centre and of its square over a row, in one pass.
+struct Moments {
+  float sum = 0.0f, squares = 0.0f;
+
+  template <class T>
+  void add(const T* x, int64_t n, Vec centre) {
+    Vec s0 = {}, s1 = {}, q0 = {}, q1 = {};
+    int64_t i = 0;
+    for (; i + 2 * W <= n; i += 2 * W) {
+      const Vec v0 = load(x + i) - centre, v1 = load(x + i + W) - centre;
+      s0 += v0;
+      s1 += v1;
+      q0 += v0 * v0;
+      q1 += v1 * v1;
+    }
+    sweep(n - i, [&](int64_t j, auto part) {
+      const Vec v = keep(load(x + i + j, part) - centre, part);
+      s0 += v;
+      q0 += v * v;
+    });
+    sum = LLMFAST_VARIANT::sum(s0 + s1);
+    squares = LLMFAST_VARIANT::sum(q0 + q1);
+  }
+};
+
 // kCentre: layer normalisation, which takes the mean off; else RMS.
 template <class T, bool kCentre>
 void norm_fwd(const NormFwd& a, int64_t begin, int64_t end) {
@@ -12,18 +37,18 @@ void norm_fwd(const NormFwd& a, int64_t begin, int64_t end) {
     const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
     T* y = static_cast<T*>(a.y) + row * a.cols;
     float mean = 0.0f;
+    if constexpr (kCentre) mean = reduce_sum(a.cols, [&](int64_t i, auto part) { return load(x + i, part); }) / n;
+    Moments moments;
+    moments.add(x, a.cols, splat(mean));
+    float variance = moments.squares / n;
     if constexpr (kCentre) {
-      mean = reduce_sum(a.cols, [&](int64_t i, auto part) { return load(x + i, part); }) / n;
-      if constexpr (sizeof(T) == 4)  // what the first sum rounded off, where inputs are fine enough to show it
-        mean += reduce_sum(a.cols, [&](int64_t i, auto part) { return load(x + i, part) - splat(mean); }) / n;
+      const float error = moments.sum / n;  // what the first sum rounded off
+      mean += error;
+      variance -= error * error;
       a.mean[row] = mean;
     }
     const Vec centre = splat(mean);
-    const float squares = reduce_sum(a.cols, [&](int64_t i, auto part) {
-      const Vec v = load(x + i, part) - centre;
-      return v * v;
-    });
-    const float rstd = 1.0f / __builtin_sqrtf(squares / n + a.eps);
+    const float rstd = 1.0f / __builtin_sqrtf(variance + a.eps);
     a.rstd[row] = rstd;
     const Vec scale = splat(rstd);
     const float *weight = a.weight, *bias = a.bias;

@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_bwd(const char* op, const ByDtype<NormBw
   const Parameter w({op, "weight", weight}, xs.cols);
   const float* means = mean ? statistic({op, "mean", *mean}, xs.rows) : nullptr;
   const float* rstds = statistic({op, "rstd", rstd}, xs.rows);
-  const Chunks chunks(xs.rows, xs.cols);
+  const Chunks chunks(xs.rows);
   Tensor dx = empty_like(x);
   Tensor dw = empty_float32({chunks.count, xs.cols}, x), db = empty_float32({mean ? chunks.count : 0, xs.cols}, x);
   parallel(kernel.kernel[index_of(dtype)],
@@ -141,7 +141,7 @@ std::tuple<Tensor, Tensor> bias_gelu_bwd(const Tensor& dy, const Tensor& x, cons
   check_same_shape(dy_arg, x_arg);
   const Rows xs = rows_of(x_arg), dys = rows_of(dy_arg);
   const Parameter b({"bias_gelu_bwd", "bias", bias.tensor}, xs.cols);
-  const Chunks chunks(xs.rows, xs.cols);
+  const Chunks chunks(xs.rows);
   Tensor dx = empty_like(x), partial = empty_float32({bias ? chunks.count : 0, xs.cols}, x);
   parallel(kernels().gelu_bwd.kernel[index_of(dtype)],
            {dys.data, xs.data, dys.stride, xs.stride, b.data(), dx.data(), bias ? partial.data<float>() : nullptr,

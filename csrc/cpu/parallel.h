@@ -49,14 +49,13 @@ void parallel_dynamic(Kernel<Args> kernel, const Args& args, int64_t items) {
   LLMFAST_TORCH(torch_parallel_for(0, std::min(items, threads()), 1, run, &task));
 }
 
-// Rows in chunks, one partial sum of `cols` floats each; then the sum of the partials.
+// Rows in chunks, one partial sum of `cols` floats each, then the sum of the partials: two short chains of additions
+// round less than one long one. Their lengths depend on the shape alone, and so do the results' bits.
 struct Chunks {
   int64_t count, rows_per_chunk;
 
-  // As many as threads: a sum's order, and so its rounding, depends on their number alone.
-  Chunks(int64_t rows, int64_t cols) {
-    const int64_t useful = std::max<int64_t>(1, rows * cols / kGrain);
-    rows_per_chunk = std::max<int64_t>(1, (rows + std::min(threads(), useful) - 1) / std::min(threads(), useful));
+  explicit Chunks(int64_t rows) {
+    rows_per_chunk = std::max<int64_t>(64, (rows + 255) / 256);
     count = (rows + rows_per_chunk - 1) / rows_per_chunk;
   }
 };

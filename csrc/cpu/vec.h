@@ -7,6 +7,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include "kernels.h"
 
 namespace llmfast::cpu::LLMFAST_VARIANT {
@@ -94,18 +98,32 @@ inline void sweep(int64_t n, F f) {
   if (i < n) f(i, Part{n - i});
 }
 
+// Lane i of the result is lane i ^ distance of v.
+template <int distance>
+inline Vec swap_lanes(Vec v) {
+#if defined(__clang__)
+  Vec swapped;
+  for (int i = 0; i < W; ++i) swapped[i] = v[i ^ distance];
+  return swapped;
+#else
+  IntVec from;
+  for (int i = 0; i < W; ++i) from[i] = i ^ distance;
+  return __builtin_shuffle(v, from);
+#endif
+}
 inline float sum(Vec v) {
-  float lanes[W];
-  store(lanes, v);
-  for (int width = W / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+  if constexpr (W > 8) v += swap_lanes<8>(v);
+  if constexpr (W > 4) v += swap_lanes<4>(v);
+  v += swap_lanes<2>(v);
+  v += swap_lanes<1>(v);
+  return v[0];
 }
 inline float max(Vec v) {
-  float lanes[W];
-  store(lanes, v);
-  for (int i = 1; i < W; ++i) lanes[0] = lanes[i] > lanes[0] || lanes[i] != lanes[i] ? lanes[i] : lanes[0];
-  return lanes[0];
+  if constexpr (W > 8) v = max(v, swap_lanes<8>(v));
+  if constexpr (W > 4) v = max(v, swap_lanes<4>(v));
+  v = max(v, swap_lanes<2>(v));
+  v = max(v, swap_lanes<1>(v));
+  return v[0];
 }
 
 // The sum over a row of f(i, Full or Part): four chains of additions, for speed and for smaller rounding errors.
@@ -137,27 +155,32 @@ inline float reduce_max(const T* row, int64_t n) {
   return max(max(a, b));
 }
 
+// 2^n for integers n from -150 to 128, times v. In two factors, as a float's own exponents end at -126 and 127.
+inline Vec times_power_of_two(Vec v, Vec n, IntVec integer) {
+#if defined(__AVX512F__)
+  (void)integer;
+  return (Vec)_mm512_scalef_ps((__m512)v, (__m512)n);
+#else
+  (void)n;
+  const IntVec half = integer >> 1;
+  return v * (Vec)((half + 127) << 23) * (Vec)((integer - half + 127) << 23);
+#endif
+}
+
 // e^x to about one unit in the last place: x = n ln 2 + r (Cody and Waite, Software Manual for the Elementary
-// Functions, 1980), e^r by a polynomial fitted to |r| <= ln 2 / 2. Below -87.3 gives 0, above 88.7 infinity.
+// Functions, 1980), e^r by a polynomial fitted to |r| <= ln 2 / 2. Below -104 gives 0, above 88.7 infinity.
 inline Vec exp(Vec x) {
-  const Vec clamped = min(max(x, splat(-104.0f)), splat(89.0f));
-  const Vec shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  const Vec shifted = clamped * 1.44269504f + shifter;
+  x = min(splat(89.0f), max(splat(-104.0f), x));  // in this order of arguments a NaN stays one
+  const Vec shifter = splat(12582912.0f);         // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const Vec shifted = x * 1.44269504f + shifter;
   const Vec n = shifted - shifter;
-  const Vec r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
+  const Vec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
   Vec q = splat(0.00139505998f);
   q = q * r + 0.00836895406f;
   q = q * r + 0.0416662060f;
   q = q * r + 0.166665182f;
   q = q * r + 0.5f;
-  const Vec e = q * r * r + r + 1.0f;
-  // 2^n in two factors, as n runs from -150 to 128 while a float's exponent ends at -126 and 127.
-  const IntVec integer = bits(shifted) - bits(shifter);
-  const IntVec half = integer >> 1;
-  const Vec low = (Vec)((half + 127) << 23);
-  const Vec high = (Vec)((integer - half + 127) << 23);
-  const Vec y = e * low * high;
-  return x == x ? y : x;
+  return times_power_of_two(q * r * r + r + 1.0f, n, bits(shifted) - bits(shifter));
 }
 
 // Both parts are polynomials fitted here: x + x R(x^2) below 1, and 1 - e^(P(|x|)) above, where P = log(erfc).
