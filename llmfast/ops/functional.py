@@ -105,6 +105,10 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
 
 
 def _run(op: str, backend: str | None, args: tuple[Any, ...]) -> Tensor:
+    if torch.compiler.is_compiling():
+        from . import compiled
+
+        return compiled.run(op, backend, *args)
     kernels = registry.choose(op, backend, args)
     if kernels is None:
         return getattr(reference, op)(*args)

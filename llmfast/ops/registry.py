@@ -130,8 +130,10 @@ def _warn_once(op: str, reasons: str) -> None:
     warnings.warn(BackendFallbackWarning(message), stacklevel=5)
 
 
-def choose(op: str, requested: str | None, args: tuple[Any, ...]) -> ModuleType | None:
+def choose(op: str, requested: str | None, args: tuple[Any, ...], *, traced: bool = False) -> ModuleType | None:
     """The module whose `<op>_fwd`/`<op>_bwd` run this call; None means the reference.
+
+    `traced`: by torch.compile, with tensors that hold no data, on which Triton's launchers cannot be called.
 
     Raises BackendError if an explicitly requested backend cannot run it. `use_backend` and `LLMFAST_BACKEND` speak of
     every op: one that has no backend of that name runs its reference.
@@ -147,7 +149,7 @@ def choose(op: str, requested: str | None, args: tuple[Any, ...]) -> ModuleType 
             raise BackendError(f"{op}: there is no {name} backend for it; use backend='auto'")
     reasons = []
     for row in rows:
-        reason = _why_not(op, row, args)
+        reason = "is not traced by torch.compile" if traced and row.name == "triton" else _why_not(op, row, args)
         if reason is None:
             return importlib.import_module(row.module)
         reasons.append(f"{row.name} {reason}")

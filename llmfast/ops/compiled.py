@@ -1,0 +1,21 @@
+"""How torch.compile sees an op: as one call that it does not look into, so that no choice of backend breaks its graph.
+
+The choice is made while the graph is traced, and stays. Importing this module imports torch's compiler, which takes a
+second: `functional` does so only once a compiler is tracing it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import autograd, reference, registry
+
+
+@torch.compiler.allow_in_graph
+def run(op: str, backend: str | None, *args: Any) -> Tensor:
+    """The op by the backend chosen now; the compiler follows its tensors alone."""
+    kernels = registry.choose(op, backend, args, traced=True)
+    if kernels is None:
+        return getattr(reference, op)(*args)
+    return autograd.FUNCTIONS[op].apply(kernels, *args)  # pyright: ignore[reportReturnType]
