@@ -143,10 +143,10 @@ def build(name: str, folder: Path) -> Path:
     done = subprocess.run(
         [ninja, "-f", rules, f"{folder}/_{name}.so"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    if done.returncode != 0:
+    if done.returncode != 0 or not Path(command[-1]).exists():
         said = done.stdout.decode(errors="replace")
         print(said, file=sys.stderr)
-        line = next((line for line in said.splitlines() if "error" in line), said.strip().splitlines()[-1])
+        line = next((line for line in said.splitlines() if "error" in line), (said.strip().splitlines() or ["no output"])[-1])
         raise Unavailable(f"the compiler failed: {line.strip()}")
     return folder / f"_{name}.so"
 

@@ -252,7 +252,7 @@ struct Registration {
 // Registers implementations for one dispatch key; the schemas are Python's (llmfast/native/schemas.py).
 inline int32_t register_ops(const char* key, const std::vector<Registration>& ops) {
   TorchLibraryOpaque* library = nullptr;
-  int32_t error = aoti_torch_library_init_impl("llmfast", key, __FILE__, __LINE__, &library);
+  int32_t error = aoti_torch_library_init_impl("llmfast", key, "csrc/tensor.h", 0, &library);
   for (const Registration& op : ops)
     if (error == 0) error = torch_library_impl(library, op.name, op.function, kTorchAbiVersion);
   return error;

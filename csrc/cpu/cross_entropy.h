@@ -34,8 +34,8 @@ void cross_entropy_fwd(const CrossEntropyFwd& a, int64_t begin, int64_t end) {
   }
 }
 
-template <class T>
-void cross_entropy_bwd(const CrossEntropyBwd& a, int64_t begin, int64_t end) {
+template <class T, bool kStreamed>
+void cross_entropy_bwd_rows(const CrossEntropyBwd& a, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(a.logits) + row * a.stride;
     T* dx = static_cast<T*>(a.dlogits) + row * a.cols;
@@ -46,15 +46,20 @@ void cross_entropy_bwd(const CrossEntropyBwd& a, int64_t begin, int64_t end) {
     }
     const bool valid = target >= 0 && target < a.cols;
     const Vec maximum = splat(a.maximum[row]), factor = splat(valid ? a.scale / a.sum[row] : NAN);
-    sweep(a.cols, [&](int64_t i, auto part) { store(dx + i, exp(load(x + i, part) - maximum) * factor, part); });
-    if (valid) {
-      const int64_t start = target / W * W, n = a.cols - start;
-      float lanes[W];
-      store(lanes, exp(load(x + start, Part{n < W ? n : W}) - maximum) * factor);
-      lanes[target - start] -= a.scale;
-      store(dx + start, load(lanes), Part{n < W ? n : W});
-    }
+    const int64_t special = valid ? target / W * W : -1;  // the vector that holds the target
+    sweep(a.cols, [&](int64_t i, auto part) {
+      Vec g = exp(load(x + i, part) - maximum) * factor;
+      if (i == special) g[target - special] -= a.scale;
+      put<kStreamed>(dx + i, g, part);
+    });
   }
+  if (kStreamed) finish_streaming();
+}
+
+template <class T>
+void cross_entropy_bwd(const CrossEntropyBwd& a, int64_t begin, int64_t end) {
+  streams<T>(a.dlogits, a.rows, a.cols) ? cross_entropy_bwd_rows<T, true>(a, begin, end)
+                                        : cross_entropy_bwd_rows<T, false>(a, begin, end);
 }
 
 }  // namespace llmfast::cpu::LLMFAST_VARIANT

@@ -42,7 +42,7 @@ struct NormFwd {
   const float *weight, *bias;  // either may be null
   void* y;
   float *mean, *rstd;  // RMS normalisation has no mean
-  int64_t cols;
+  int64_t rows, cols;
   float eps;
 };
 
@@ -119,7 +119,7 @@ struct CrossEntropyBwd {
   const float *maximum, *sum;
   float scale;  // the upstream gradient over the number of targets that count
   void* dlogits;
-  int64_t cols;
+  int64_t rows, cols;
 };
 
 // Works on elements. The gradient is multiplied by `grad_scale` first; corrections are 1 - beta^step.

@@ -73,8 +73,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_fwd(const char* op, const ByDtype<NormFw
   const Parameter w({op, "weight", weight}, rows.cols), b({op, "bias", bias}, rows.cols);
   Tensor y = empty_like(x), mean = empty_float32({rows.rows}, x), rstd = empty_float32({rows.rows}, x);
   parallel(kernel.kernel[index_of(dtype)],
-           {rows.data, rows.stride, w.data(), b.data(), y.data(), mean.data<float>(), rstd.data<float>(), rows.cols,
-            float(eps)},
+           {rows.data, rows.stride, w.data(), b.data(), y.data(), mean.data<float>(), rstd.data<float>(), rows.rows,
+            rows.cols, float(eps)},
            rows.rows, rows.cols);
   return {std::move(y), std::move(mean), std::move(rstd)};
 }
@@ -260,7 +260,8 @@ Tensor cross_entropy_bwd(const Tensor& grad, const Tensor& logits, const Tensor&
   const float* maximum = statistics.data<float>();
   const float scale = *grad.data<float>() / std::max(1.0f, *count.data<float>());
   parallel(kernels().cross_entropy_bwd.kernel[index_of(dtype)],
-           {rows.data, rows.stride, ids, ignore_index, maximum, maximum + rows.rows, scale, dlogits.data(), rows.cols},
+           {rows.data, rows.stride, ids, ignore_index, maximum, maximum + rows.rows, scale, dlogits.data(), rows.rows,
+            rows.cols},
            rows.rows, rows.cols);
   return dlogits;
 }

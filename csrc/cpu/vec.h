@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -82,6 +82,34 @@ inline void store(T* p, Vec v, Part part) {
   store(lanes, v);
   memcpy(p, lanes, part.n * sizeof(T));
 }
+// Stores past the caches, for results too large to be found there again: the memory they go to is not read first.
+template <bool kStreamed, class T>
+inline void put(T* p, Vec v, Full) {
+#if defined(__AVX512F__)
+  if constexpr (kStreamed && sizeof(T) == 4) return _mm512_stream_ps(reinterpret_cast<float*>(p), (__m512)v);
+  if constexpr (kStreamed && sizeof(T) == 2)
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)round_to_bfloat16(v));
+#elif defined(__AVX2__)
+  if constexpr (kStreamed && sizeof(T) == 4) return _mm256_stream_ps(reinterpret_cast<float*>(p), (__m256)v);
+#endif
+  store(p, v);
+}
+template <bool kStreamed, class T>
+inline void put(T* p, Vec v, Part part) {
+  store(p, v, part);
+}
+// Whether rows of the result may be streamed: all of it is large, and every vector in it aligned.
+template <class T>
+inline bool streams(const void* p, int64_t rows, int64_t cols) {
+  constexpr int64_t kLarge = 8 << 20;
+  return rows * cols * int64_t(sizeof(T)) >= kLarge && (reinterpret_cast<uintptr_t>(p) | (cols * sizeof(T))) % 64 == 0;
+}
+inline void finish_streaming() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 inline Vec keep(Vec v, Full, float = 0.0f) { return v; }
 inline Vec keep(Vec v, Part part, float other = 0.0f) {
   float lanes[W];
@@ -126,20 +154,51 @@ inline float max(Vec v) {
   return v[0];
 }
 
-// The sum over a row of f(i, Full or Part): four chains of additions, for speed and for smaller rounding errors.
+// Elements whose sum is one chain of additions; longer rows are sums of such sums, which round less.
+constexpr int64_t kChain = 2048;
+
+// The sum over a row of f(i, Full or Part).
 template <class F>
 inline float reduce_sum(int64_t n, F f) {
-  Vec a = {}, b = {}, c = {}, d = {};
-  int64_t i = 0;
-  for (; i + 4 * W <= n; i += 4 * W) {
-    a += f(i, Full{});
-    b += f(i + W, Full{});
-    c += f(i + 2 * W, Full{});
-    d += f(i + 3 * W, Full{});
+  float total = 0.0f;
+  for (int64_t start = 0; start < n; start += kChain) {
+    const int64_t end = start + kChain < n ? start + kChain : n;
+    Vec a = {}, b = {}, c = {}, d = {};  // independent, as an addition takes several cycles
+    int64_t i = start;
+    for (; i + 4 * W <= end; i += 4 * W) {
+      a += f(i, Full{});
+      b += f(i + W, Full{});
+      c += f(i + 2 * W, Full{});
+      d += f(i + 3 * W, Full{});
+    }
+    for (; i + W <= end; i += W) a += f(i, Full{});
+    if (i < end) b += keep(f(i, Part{end - i}), Part{end - i});
+    total += sum((a + b) + (c + d));
   }
-  for (; i + W <= n; i += W) a += f(i, Full{});
-  if (i < n) b += keep(f(i, Part{n - i}), Part{n - i});
-  return sum((a + b) + (c + d));
+  return total;
+}
+
+// Two sums over a row in one pass: f(i, Full or Part, first, second) adds to both, and adds nothing past the end.
+struct Sums {
+  float first = 0.0f, second = 0.0f;
+};
+template <class F>
+inline Sums reduce_two(int64_t n, F f) {
+  Sums sums;
+  for (int64_t start = 0; start < n; start += kChain) {
+    const int64_t end = start + kChain < n ? start + kChain : n;
+    Vec a = {}, b = {}, c = {}, d = {};
+    int64_t i = start;
+    for (; i + 2 * W <= end; i += 2 * W) {
+      f(i, Full{}, a, b);
+      f(i + W, Full{}, c, d);
+    }
+    for (; i + W <= end; i += W) f(i, Full{}, a, b);
+    if (i < end) f(i, Part{end - i}, c, d);
+    sums.first += sum(a + c);
+    sums.second += sum(b + d);
+  }
+  return sums;
 }
 
 template <class T>

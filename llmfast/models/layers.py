@@ -27,11 +27,7 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.d_model)) if config.norm == "layer_norm" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = (
-            # The kernels read float32 parameters as they are, whatever the input's dtype.
-            p if p is None or p.dtype in (x.dtype, torch.float32) else p.to(x.dtype)
-            for p in (self.weight, self.bias)
-        )
+        weight, bias = _parameter(self.weight, x), _parameter(self.bias, x)
         if self.kind == "layer_norm":
             return ops.layer_norm(x, weight, bias, self.eps)
         return ops.rms_norm(x, weight, self.eps)
@@ -66,12 +62,15 @@ class MLP(nn.Module):
         self.down = Linear(config.d_mlp, config.d_model, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.up(x)
         if self.kind == "swiglu":
-            h = ops.swiglu(*h.chunk(2, dim=-1))
-        else:
-            h = ops.gelu(h, approximate="tanh" if self.kind == "gelu_tanh" else "none")
-        return self.down(h)
+            return self.down(ops.swiglu(*self.up(x).chunk(2, dim=-1)))
+        h, bias = F.linear(x, self.up.weight.to(x.dtype)), _parameter(self.up.bias, x)
+        return self.down(ops.bias_gelu(h, bias, approximate="tanh" if self.kind == "gelu_tanh" else "none"))
+
+
+def _parameter(p: Tensor | None, x: Tensor) -> Tensor | None:
+    """p as the kernels take it beside x: float32, or x's dtype."""
+    return p if p is None or p.dtype in (x.dtype, torch.float32) else p.to(x.dtype)
 
 
 class Block(nn.Module):

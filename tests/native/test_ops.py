@@ -1,0 +1,276 @@
+"""The native ops as torch sees them: what they refuse, their fakes, forks, threads, leaks, and each instruction set."""
+
+import ctypes
+import gc
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from llmfast import ops
+from llmfast.native import library
+from llmfast.testing.accuracy import compare
+from llmfast.testing.cases import CrossEntropyCase, RopeCase, RowCase, make_inputs
+
+VARIANTS = ("baseline", "avx2", "avx512", "avx512_bf16")
+
+
+def good(dtype: torch.dtype = torch.float32) -> dict[str, list[Any]]:
+    """Right arguments of every native op, by name."""
+
+    def t(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape).to(dtype)
+
+    f32 = torch.float32
+    row, stats = t(6, dtype=f32), t(4, dtype=f32)
+    targets = torch.tensor([0, 5, -100, 2])
+    return {
+        "softmax_fwd": [t(4, 6)],
+        "softmax_bwd": [t(4, 6), t(4, 6)],
+        "layer_norm_fwd": [t(4, 6), row, row, 1e-5],
+        "layer_norm_bwd": [t(4, 6), t(4, 6), row, stats, stats],
+        "rms_norm_fwd": [t(4, 6), row, 1e-6],
+        "rms_norm_bwd": [t(4, 6), t(4, 6), row, stats],
+        "bias_gelu_fwd": [t(4, 6), row, True],
+        "bias_gelu_bwd": [t(4, 6), t(4, 6), row, False],
+        "swiglu_fwd": [t(4, 6), t(4, 6)],
+        "swiglu_bwd": [t(4, 6), t(4, 6), t(4, 6)],
+        "rope": [t(2, 3, 2, 6), t(3, 3, dtype=f32), t(3, 3, dtype=f32), False],
+        "cross_entropy_fwd": [t(4, 6), targets, -100],
+        "cross_entropy_bwd": [t(dtype=f32), t(4, 6), targets, t(2, 4, dtype=f32), t(dtype=f32), -100],
+        "adamw_": [t(4, 6, dtype=f32) for _ in range(3)]
+        + [t(4, 6, dtype=f32).abs(), 1e-3, 0.9, 0.99, 1e-8, 0.1, 0.1, 0.1, 1.0],
+    }
+
+
+OPS = list(good())
+
+
+def call(op: str, arguments: list[Any]) -> Any:
+    return getattr(torch.ops.llmfast, op)(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op: str, dtype: torch.dtype) -> None:
+    """Schema, fake tensors and mutation are as declared."""
+    torch.library.opcheck(getattr(torch.ops.llmfast, op).default, tuple(good(dtype)[op]))
+
+
+def sparse(t: Tensor) -> Tensor:
+    return t.to_sparse() if t.dim() else t.double()
+
+
+CHANGES: dict[str, Callable[[Tensor], Any]] = {
+    "none": lambda t: None,
+    "float64": lambda t: t.double(),
+    "float16": lambda t: t.half(),
+    "int32": lambda t: t.int(),
+    "bool": lambda t: t.bool(),
+    "complex": lambda t: t.to(torch.complex64),
+    "longer": lambda t: torch.cat([t, t], -1) if t.dim() else t[None].expand(2),
+    "taller": lambda t: torch.cat([t, t], 0) if t.dim() else t[None].expand(3),
+    "empty": lambda t: t[..., :0] if t.dim() else t[None][:0],
+    "no rows": lambda t: t[:0] if t.dim() else t[None][:0],
+    "flat": lambda t: t.reshape(-1),
+    "scalar": lambda t: t.reshape(-1)[0],
+    "more dimensions": lambda t: t[None, None],
+    "nine dimensions": lambda t: t.reshape(1, 1, 1, 1, 1, 1, 1, *t.shape),
+    "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1) if t.dim() else t,
+    "every second": lambda t: torch.stack([t, t], -1)[..., 0],
+    "expanded": lambda t: t.reshape(-1)[0].expand(t.shape),
+    "reversed": lambda t: t.flip(0) if t.dim() else t,
+    "sparse": sparse,
+    "meta": lambda t: t.to("meta"),
+    "huge target": lambda t: torch.full_like(t, 2**60) if t.dtype == torch.int64 else t,
+    "nan": lambda t: torch.full_like(t, float("nan")) if t.is_floating_point() else t,
+    "list": lambda t: t.tolist(),
+    "unchanged": lambda t: t,
+}
+
+
+@settings(max_examples=2500, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_wrong_arguments_are_refused_by_name_and_never_crash(data: st.DataObject) -> None:
+    """Any op with up to three arguments changed: it runs, or raises one exception that says which is wrong."""
+    op = data.draw(st.sampled_from(OPS))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    arguments = good(dtype)[op]
+    tensors = [i for i, a in enumerate(arguments) if isinstance(a, Tensor)]
+    for i in data.draw(st.lists(st.sampled_from(tensors), max_size=3, unique=True)):
+        arguments[i] = CHANGES[data.draw(st.sampled_from(sorted(CHANGES)))](arguments[i])
+    names = [argument.name for argument in getattr(torch.ops.llmfast, op).default._schema.arguments]
+    try:
+        call(op, arguments)
+    except (RuntimeError, NotImplementedError, IndexError, AttributeError) as error:
+        message = str(error)
+        named = op in message and any(f" {name} " in message or f"'{name}'" in message for name in names)
+        # A meta tensor goes to the fakes; a sparse one, or none at all, to no kernel: those refusals are torch's own.
+        meta = any(isinstance(a, Tensor) and a.is_meta for a in arguments)
+        torchs = ("no tensor arguments", f"Could not run 'llmfast::{op}'")
+        assert named or meta or any(text in message for text in torchs), message
+
+
+@pytest.mark.parametrize(("op", "position", "wrong", "said"), [
+    ("softmax_fwd", 0, torch.ones(2, 0), "softmax_fwd: x must have a last dimension of at least one element"),
+    ("softmax_fwd", 0, torch.ones(()), "softmax_fwd: x must have a last dimension"),
+    ("softmax_fwd", 0, torch.ones(2, 3).double(), "softmax_fwd: x has a dtype"),
+    ("softmax_fwd", 0, torch.ones(3, 2).t(), "softmax_fwd: x must have adjacent elements"),
+    ("softmax_fwd", 0, torch.ones(4, 4, 6)[:, :3], "softmax_fwd: x has leading dimensions that do not form"),
+    ("softmax_bwd", 0, torch.ones(4, 5), r"softmax_bwd: dy has shape \(4, 5\) but y \(4, 6\)"),
+    ("layer_norm_fwd", 1, torch.ones(5), r"layer_norm_fwd: weight has shape \(5\); it must be \(6,\)"),
+    ("layer_norm_fwd", 2, torch.ones(12)[::2], "layer_norm_fwd: bias must be contiguous"),
+    ("layer_norm_bwd", 3, torch.ones(4).double(), "layer_norm_bwd: mean has a dtype"),
+    ("rms_norm_bwd", 3, torch.ones(3), r"rms_norm_bwd: rstd has shape \(3\); it must be \(4,\)"),
+    ("bias_gelu_fwd", 1, torch.ones(6).half(), "bias_gelu_fwd: bias has a dtype"),
+    ("swiglu_bwd", 2, torch.ones(4, 6).bfloat16(), "swiglu_bwd: up has a dtype"),
+    ("rope", 0, torch.ones(2, 3, 2, 5), "rope: x has shape .* head_dim even"),
+    ("rope", 1, torch.ones(3, 4), r"rope: cos has shape \(3, 4\); it must be \(3, 3\)"),
+    ("cross_entropy_fwd", 0, torch.ones(6), "cross_entropy_fwd: logits must have two dimensions"),
+    ("cross_entropy_fwd", 1, torch.tensor([0, 6, 1, 2]), "cross_entropy_fwd: targets holds 6 at row 1; it must be bel"),
+    ("cross_entropy_fwd", 1, torch.tensor([0, 1, -1, 2]), "cross_entropy_fwd: targets holds -1 at row 2"),
+    ("cross_entropy_bwd", 3, torch.ones(2, 3), r"cross_entropy_bwd: statistics has shape \(2, 3\)"),
+    ("cross_entropy_bwd", 0, torch.ones(2), "cross_entropy_bwd: grad must hold one element"),
+    ("adamw_", 1, torch.ones(6, 4), "adamw_: grad has shape"),
+    ("adamw_", 0, torch.ones(6, 4).t(), "adamw_: parameter must be contiguous"),
+    ("softmax_bwd", 0, None, "softmax_bwd: dy is not a tensor"),
+])  # fmt: skip
+def test_messages(op: str, position: int, wrong: Any, said: str) -> None:
+    arguments = good()[op]
+    arguments[position] = wrong
+    with pytest.raises(RuntimeError, match=said):
+        call(op, arguments)
+
+
+@pytest.fixture
+def select() -> Iterator[Callable[[str], bool]]:
+    """Chooses the instruction set for one test."""
+    loaded, before = library.load("cpu"), library.cpu_variant()
+    loaded.llmfast_cpu_select.restype = ctypes.c_bool
+    yield lambda name: loaded.llmfast_cpu_select(name.encode())
+    assert loaded.llmfast_cpu_select(before.encode())
+
+
+# Widths around every vector length and its multiples; the last ones are large enough for stores past the caches.
+SHAPES = [(5, n) for n in (1, 3, 4, 5, 8, 15, 16, 17, 31, 33, 63, 65, 130, 2049)] + [(2200, 1024), (70, 33000)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", ["softmax", "layer_norm", "rms_norm", "gelu", "bias_gelu", "swiglu", "cross_entropy"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_instruction_set(variant: str, op: str, dtype: torch.dtype, select: Callable[[str], bool]) -> None:
+    if not select(variant):
+        pytest.skip(f"this CPU has no {variant}")
+    assert library.cpu_variant() == variant
+    for shape in SHAPES:
+        case = CrossEntropyCase(*shape) if op == "cross_entropy" else RowCase(op, *shape)
+        inputs = make_inputs(case, "cpu", dtype)
+        comparisons = compare(case, inputs, torch.randn(case.output).to(dtype), "cpp")
+        assert all(c.ok for c in comparisons), f"{case.label}: {'; '.join(map(str, comparisons))}"
+
+
+def test_an_unknown_instruction_set_is_refused(select: Callable[[str], bool]) -> None:
+    assert not select("avx1024")
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    """Bit for bit, gradients of parameters included: the sums' order is that of the shape."""
+    case = RowCase("layer_norm", 3000, 257)
+    inputs, grad = make_inputs(case, "cpu", torch.float32), torch.randn(3000, 257)
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            out = case.ours(*inputs, backend="cpp")
+            results.append([out, *torch.autograd.grad(out, inputs, grad)])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_threads_share_nothing() -> None:
+    """Eight Python threads, each its own data: every result is the one that a single thread gets."""
+    inputs = [torch.randn(64, 300 + i) for i in range(8)]
+    expected = [ops.softmax(x, backend="cpp") for x in inputs]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        for _ in range(200):
+            if not torch.equal(ops.softmax(inputs[i], backend="cpp"), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_a_forked_child_can_call() -> None:
+    """With one thread, as a DataLoader's worker sets it: torch's own pool does not survive a fork either."""
+    x = torch.randn(2000, 300)
+    expected = ops.softmax(x, backend="cpp")
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        os._exit(0 if torch.equal(ops.softmax(x, backend="cpp"), expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_call_leaks(fails: bool) -> None:
+    """Neither handles nor optional boxes nor outputs, also where a check throws."""
+    arguments = good()
+    if fails:
+        arguments = {op: [*a[:-1], a[-1]] for op, a in arguments.items()}
+        for a in arguments.values():
+            a[0] = a[0].double()
+
+    def once() -> None:
+        for op, a in arguments.items():
+            try:
+                call(op, a)
+                assert not fails
+            except RuntimeError:
+                assert fails
+
+    for _ in range(200):
+        once()
+    gc.collect()
+    before = resident_bytes()
+    for _ in range(2000):
+        once()
+    gc.collect()
+    assert resident_bytes() - before < 4 * 2**20
+
+
+@pytest.mark.parametrize("case", [
+    RowCase("softmax", 9, 40), RowCase("layer_norm", 9, 40), RowCase("rms_norm", 9, 40), RowCase("gelu", 9, 40),
+    RowCase("bias_gelu", 9, 40), RowCase("swiglu", 9, 40), CrossEntropyCase(9, 40), RopeCase(2, 5, 2, 8),
+], ids=lambda c: c.op)  # fmt: skip
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_without_a_break(case: RowCase | CrossEntropyCase | RopeCase, dynamic: bool) -> None:
+    """Forward and backward under torch.compile(fullgraph=True) equal eager ones, at several lengths."""
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda *t: case.ours(*t, backend="cpp"), fullgraph=True, dynamic=dynamic, backend="aot_eager"
+    )
+    inputs = make_inputs(case, "cpu", torch.float32)
+    eager, out = case.ours(*inputs, backend="cpp"), compiled(*inputs)
+    grad = torch.randn(case.output)
+    assert torch.equal(out, eager)
+    for a, b in zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(eager, inputs, grad), strict=True):
+        assert torch.equal(a, b)
