@@ -144,12 +144,21 @@ inline void check_vector(const Argument& a, int64_t n) {
   a.require(n <= 1 || t.strides()[0] == 1, "must be contiguous");
 }
 
+inline void require_contiguous(const Argument& a) {
+  const Tensor& t = a.tensor;
+  int64_t expected = 1;
+  for (int64_t i = t.dim() - 1; i >= 0; --i) {
+    a.require(t.sizes()[i] <= 1 || t.strides()[i] == expected || t.numel() == 0, "must be contiguous");
+    expected *= t.sizes()[i];
+  }
+}
+
 // What cross-entropy's forward saves of each row, (2, rows), contiguous.
 inline void check_statistics(const Argument& a, int64_t rows) {
   const Tensor& t = a.tensor;
   if (t.dim() != 2 || t.sizes()[0] != 2 || t.sizes()[1] != rows)
     a.refuse("has shape " + shape_text(t) + "; it must be (2, " + std::to_string(rows) + ")");
-  a.require(rows == 0 || (t.strides()[0] == rows && (rows == 1 || t.strides()[1] == 1)), "must be contiguous");
+  require_contiguous(a);
 }
 
 inline Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype, const Tensor& like) {

@@ -7,6 +7,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "attention_args.h"
+
 namespace llmfast::cpu {
 
 struct BFloat16 {
@@ -159,6 +161,9 @@ struct Kernels {
   ByDtype<Rope> rope;
   ByDtype<CrossEntropyFwd> cross_entropy_fwd;
   ByDtype<CrossEntropyBwd> cross_entropy_bwd;
+  ByDtype<AttentionFwd> attention_fwd;
+  ByDtype<AttentionBwd> attention_bwd, attention_bwd_combine;
+  ByDtype<AttentionDecode> attention_decode, attention_combine;
   Kernel<AdamW> adamw;
   Kernel<ColumnSum> column_sum;
 };

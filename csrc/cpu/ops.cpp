@@ -1,20 +1,14 @@
 // The CPU ops as torch sees them: arguments checked, outputs made, work shared out to threads.
-#include <cmath>
-#include <optional>
-
 #include "../tensor.h"
+#include "checks.h"
 #include "kernels.h"
 #include "parallel.h"
 
 namespace llmfast::cpu {
+
+std::vector<Registration> attention_ops();  // attention_ops.cpp
+
 namespace {
-
-int index_of(DType dtype) { return dtype == DType::kBFloat16 ? 1 : 0; }
-
-DType check_floats(const Argument& a) {
-  return check_tensor(a, {DType::kFloat32, DType::kBFloat16}, aoti_torch_device_type_cpu());
-}
-void check_dtype(const Argument& a, DType dtype) { check_tensor(a, {dtype}, aoti_torch_device_type_cpu()); }
 
 // A vector of n float32, from one of float32 or bfloat16; null where there is none.
 class Parameter {
@@ -191,8 +185,7 @@ Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse)
     if (t.dim() != 2 || t.sizes()[0] != length || t.sizes()[1] != head_dim / 2)
       table.refuse("has shape " + shape_text(t) + "; it must be (" + std::to_string(length) + ", " +
                    std::to_string(head_dim / 2) + ")");
-    const bool contiguous = (head_dim <= 2 || t.strides()[1] == 1) && (length <= 1 || t.strides()[0] == head_dim / 2);
-    table.require(contiguous || t.numel() == 0, "must be contiguous");
+    require_contiguous(table);
   }
   Tensor y = empty_like(x);
   if (x.numel() == 0) return y;
@@ -273,12 +266,7 @@ void adamw_(const Tensor& parameter, const Tensor& grad, const Tensor& exp_avg, 
   const auto data = [&](const Argument& a) {
     check_dtype(a, DType::kFloat32);
     check_same_shape(a, first);
-    int64_t expected = 1;
-    for (int64_t i = a.tensor.dim() - 1; i >= 0; --i) {
-      a.require(a.tensor.sizes()[i] <= 1 || a.tensor.strides()[i] == expected || a.tensor.numel() == 0,
-                "must be contiguous");
-      expected *= a.tensor.sizes()[i];
-    }
+    require_contiguous(a);
     return a.tensor.data<float>();
   };
   parallel(kernels().adamw,
@@ -296,20 +284,13 @@ LLMFAST_EXPORT const char* llmfast_cpu_variant() { return llmfast::cpu::kernels(
 LLMFAST_EXPORT bool llmfast_cpu_select(const char* name) { return llmfast::cpu::select_variant(name); }
 LLMFAST_EXPORT int32_t llmfast_register() {
   using namespace llmfast::cpu;
-  return llmfast::register_ops("CPU", {
-                                          LLMFAST_OP(softmax_fwd),
-                                          LLMFAST_OP(softmax_bwd),
-                                          LLMFAST_OP(layer_norm_fwd),
-                                          LLMFAST_OP(layer_norm_bwd),
-                                          LLMFAST_OP(rms_norm_fwd),
-                                          LLMFAST_OP(rms_norm_bwd),
-                                          LLMFAST_OP(bias_gelu_fwd),
-                                          LLMFAST_OP(bias_gelu_bwd),
-                                          LLMFAST_OP(swiglu_fwd),
-                                          LLMFAST_OP(swiglu_bwd),
-                                          LLMFAST_OP(rope),
-                                          LLMFAST_OP(cross_entropy_fwd),
-                                          LLMFAST_OP(cross_entropy_bwd),
-                                          LLMFAST_OP(adamw_),
-                                      });
+  std::vector<llmfast::Registration> ops = {
+      LLMFAST_OP(softmax_fwd),       LLMFAST_OP(softmax_bwd),       LLMFAST_OP(layer_norm_fwd),
+      LLMFAST_OP(layer_norm_bwd),    LLMFAST_OP(rms_norm_fwd),      LLMFAST_OP(rms_norm_bwd),
+      LLMFAST_OP(bias_gelu_fwd),     LLMFAST_OP(bias_gelu_bwd),     LLMFAST_OP(swiglu_fwd),
+      LLMFAST_OP(swiglu_bwd),        LLMFAST_OP(rope),              LLMFAST_OP(cross_entropy_fwd),
+      LLMFAST_OP(cross_entropy_bwd), LLMFAST_OP(adamw_),
+  };
+  for (const auto& op : attention_ops()) ops.push_back(op);
+  return llmfast::register_ops("CPU", ops);
 }

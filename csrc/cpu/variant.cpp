@@ -3,6 +3,9 @@
 // header, compiled for AVX-512 here, could be the copy that the linker keeps for all, and crash an older CPU.
 #include "activation.h"
 #include "adamw.h"
+#include "attention.h"
+#include "attention_bwd.h"
+#include "attention_decode.h"
 #include "cross_entropy.h"
 #include "norm.h"
 #include "rope.h"
@@ -38,6 +41,11 @@ extern const Kernels table = {
     BY_DTYPE(rope),
     BY_DTYPE(cross_entropy_fwd),
     BY_DTYPE(cross_entropy_bwd),
+    BY_DTYPE(attention_fwd),
+    BY_DTYPE(attention_bwd),
+    BY_DTYPE(attention_bwd_combine),
+    BY_DTYPE(attention_decode),
+    BY_DTYPE(attention_combine),
     adamw,
     column_sum,
 };

@@ -43,7 +43,13 @@ inline void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
 inline Vec load(const BFloat16* p) {
   HalfVec half;
   memcpy(&half, p, sizeof half);
+#if defined(__AVX512F__)  // GCC 12 makes two conversions and a merge of the portable line
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)half), 16);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)half), 16);
+#else
   return (Vec)(__builtin_convertvector(half, UintVec) << 16);
+#endif
 }
 // Rounds to nearest, ties to even; a NaN stays one.
 inline HalfVec round_to_bfloat16(Vec v) {

@@ -16,12 +16,14 @@ def explain_ops(config: Config, batch: int, context: int, device: torch.device, 
     x, h = empty(batch, context, config.d_model), empty(batch, context, config.d_mlp)
     q = empty(batch, context, config.n_head, config.head_dim)
     kv = empty(batch, context, config.n_kv_head, config.head_dim)
+    gelu = "none" if config.mlp == "gelu" else "tanh"
     explained = {
         "attention": ops.explain("attention", q, kv, kv, causal=True),
         "softmax": ops.explain("softmax", x),
         "layer_norm": ops.explain("layer_norm", x, weight, weight, config.norm_eps),
         "rms_norm": ops.explain("rms_norm", x, weight, config.norm_eps),
-        "gelu": ops.explain("gelu", h, approximate="none" if config.mlp == "gelu" else "tanh"),
+        "gelu": ops.explain("gelu", h, approximate=gelu),
+        "bias_gelu": ops.explain("bias_gelu", h, empty(config.d_mlp, dtype=torch.float32), approximate=gelu),
         "swiglu": ops.explain("swiglu", h, h),
     }
     if config.head_dim % 2 == 0:

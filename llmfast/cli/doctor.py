@@ -8,6 +8,7 @@ from rich.table import Table
 
 from .. import __version__, environment, hardware
 from ..models import PRESETS
+from ..native import library
 from .backends import explain_ops
 
 
@@ -24,6 +25,8 @@ def doctor() -> None:
     for name, value in hardware.versions().items():
         table.add_row(name, value or "not found")
     table.add_row("triton imports", _import_triton())
+    table.add_row("C++ library", library.describe("cpu"))
+    table.add_row("CUDA library", library.describe("cuda"))
     table.add_row("cache", str(environment.cache_dir()))
     console.print(table)
     console.print("\nops, for a training step of gpt2 with one sequence:", highlight=False)

@@ -124,6 +124,29 @@ def cross_entropy_limits(logits: Tensor, targets: Tensor, ignore_index: int) -> 
     return "needs at least one class" if logits.shape[1] == 0 else None
 
 
+def attention_fwd(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """q: (B, Tq, H, D); k, v: (B, Tk, Hkv, D), of any strides but the last -> out as q, contiguous; statistics.
+
+    The statistics, row maxima and sums (2, B, H, Tq) float32, are empty where no gradient can be asked for: few queries
+    over many keys are then read by a faster path.
+    """
+    trained = q.requires_grad or k.requires_grad or v.requires_grad
+    return _attention_fwd(_adjacent(q), _adjacent(k), _adjacent(v), causal, scale, trained)
+
+
+def attention_bwd(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> dq, dk, dv, contiguous."""
+    tensors = (_adjacent(t) for t in (dout, q, k, v))
+    return _attention_bwd(*tensors, out, statistics, causal, scale)
+
+
+def attention_limits(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> str | None:
+    """Why the kernels cannot run this head_dim."""
+    return None if q.shape[-1] <= 256 else f"supports head_dim up to 256, not {q.shape[-1]}"
+
+
 def as_rows(x: Tensor) -> Tensor:
     """x where it is rows of adjacent elements at one distance from each other, else a contiguous copy."""
     if x.is_contiguous():
@@ -154,3 +177,4 @@ _rms_norm_fwd, _rms_norm_bwd = _op("rms_norm_fwd"), _op("rms_norm_bwd")
 _bias_gelu_fwd, _bias_gelu_bwd = _op("bias_gelu_fwd"), _op("bias_gelu_bwd")
 _swiglu_fwd, _swiglu_bwd, _rope = _op("swiglu_fwd"), _op("swiglu_bwd"), _op("rope")
 _cross_entropy_fwd, _cross_entropy_bwd = _op("cross_entropy_fwd"), _op("cross_entropy_bwd")
+_attention_fwd, _attention_bwd = _op("attention_fwd"), _op("attention_bwd")

@@ -30,6 +30,11 @@ def _float(x: Tensor, *shape: Any) -> Tensor:
     return x.new_empty(shape, dtype=torch.float32)
 
 
+def _attention_statistics(q: Tensor) -> Tensor:
+    batch, length, heads, _ = q.shape
+    return _float(q, 2, batch, heads, length)
+
+
 def _n_rows(x: Tensor) -> Any:
     return x.numel() // x.shape[-1]
 
@@ -72,6 +77,15 @@ _OPS: list[tuple[str, Callable[..., Any]]] = [
         "cross_entropy_bwd(Tensor grad, Tensor logits, Tensor targets, Tensor statistics, Tensor count,"
         " int ignore_index) -> Tensor",
         lambda grad, logits, *_: _like(logits),
+    ),
+    (
+        "attention_fwd(Tensor q, Tensor k, Tensor v, bool causal, float scale, bool statistics) -> (Tensor, Tensor)",
+        lambda q, k, v, causal, scale, statistics: (_like(q), _attention_statistics(q) if statistics else _float(q, 0)),
+    ),
+    (
+        "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics, bool causal,"
+        " float scale) -> (Tensor, Tensor, Tensor)",
+        lambda dout, q, k, v, *_: (_like(q), _like(k), _like(v)),
     ),
     (
         "adamw_(Tensor(a!) parameter, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, float learning_rate,"

@@ -194,10 +194,11 @@ def _attention_args(
         raise InputError(
             f"attention: {heads} query heads cannot share {k.shape[2]} key heads; q's heads must be a multiple of k's"
         )
-    scale = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
-    if not math.isfinite(scale):
+    if scale is None:
+        scale = 1.0 / math.sqrt(head_dim)
+    elif not math.isfinite(scale):
         raise InputError(f"attention: scale is {scale}; it must be finite")
-    return q, k, v, bool(causal), scale
+    return q, k, v, bool(causal), float(scale)
 
 
 def _gelu_args(x: Tensor, *, approximate: str = "none") -> tuple[Any, ...]:

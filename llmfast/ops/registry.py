@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import environment
 from ..errors import BackendError, InputError
+from .preference import PREFERRED
 
 REFERENCE = "reference"
 AUTO = "auto"
@@ -48,11 +49,11 @@ def _triton(module: str) -> Backend:
 _CPP = Backend("cpp", "llmfast.native.cpp", frozenset({"cpu"}), frozenset({torch.float32, torch.bfloat16}))
 _CUDA = Backend("cuda", "llmfast.native.cuda", frozenset({"cuda"}), _HALF_AND_FLOAT)
 
-# Backends of each op besides the reference, best first: the order auto tries them in.
+# Backends of each op besides the reference; auto tries them in this order, but those of `preference` first.
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "softmax": (_triton("softmax"), _CUDA, _CPP),
     "layer_norm": (_triton("norm"), _CUDA, _CPP),
-    "attention": (_triton("attention"),),
+    "attention": (_triton("attention"), _CPP),
     "rms_norm": (_CUDA, _CPP),
     "gelu": (_CUDA, _CPP),
     "bias_gelu": (_CUDA, _CPP),
@@ -130,6 +131,16 @@ def _warn_once(op: str, reasons: str) -> None:
     warnings.warn(BackendFallbackWarning(message), stacklevel=5)
 
 
+def _in_order(op: str, args: tuple[Any, ...]) -> list[Backend]:
+    """The backends that auto tries on the device of `args`: the one measured fastest for such rows first."""
+    rows = [row for row in BACKENDS[op] if args[0].device.type in row.devices]  # so it never takes the interpreter
+    if len(rows) > 1 and op in PREFERRED and args[0].dim() > 0:
+        length = args[0].shape[-1]
+        best = next((name for limit, name in PREFERRED[op] if length <= limit), PREFERRED[op][-1][1])
+        rows.sort(key=lambda row: row.name != best)
+    return rows
+
+
 def choose(op: str, requested: str | None, args: tuple[Any, ...], *, traced: bool = False) -> ModuleType | None:
     """The module whose `<op>_fwd`/`<op>_bwd` run this call; None means the reference.
 
@@ -141,12 +152,9 @@ def choose(op: str, requested: str | None, args: tuple[Any, ...], *, traced: boo
     name = current_backend() if requested is None else _check_name(requested, "backend=")
     if name == REFERENCE:
         return None
-    if name == AUTO:  # the interpreter is for tests: auto never takes it
-        rows = [row for row in BACKENDS[op] if args[0].device.type in row.devices]
-    else:
-        rows = [row for row in BACKENDS[op] if row.name == name]
-        if requested is not None and not rows:
-            raise BackendError(f"{op}: there is no {name} backend for it; use backend='auto'")
+    rows = _in_order(op, args) if name == AUTO else [row for row in BACKENDS[op] if row.name == name]
+    if requested is not None and name != AUTO and not rows:
+        raise BackendError(f"{op}: there is no {name} backend for it; use backend='auto'")
     reasons = []
     for row in rows:
         reason = "is not traced by torch.compile" if traced and row.name == "triton" else _why_not(op, row, args)
@@ -165,11 +173,10 @@ def choose(op: str, requested: str | None, args: tuple[Any, ...], *, traced: boo
 
 def chosen(op: str, args: tuple[Any, ...]) -> str:
     """The name of the backend that a call without `backend=` asks for here and now."""
-    name, device = current_backend(), args[0].device.type
+    name = current_backend()
     if name != AUTO:
         return name if name in {row.name for row in BACKENDS[op]} else REFERENCE
-    able = (row.name for row in BACKENDS[op] if device in row.devices and _why_not(op, row, args) is None)
-    return next(able, REFERENCE)
+    return next((row.name for row in _in_order(op, args) if _why_not(op, row, args) is None), REFERENCE)
 
 
 def reasons(op: str, args: tuple[Any, ...]) -> dict[str, str | None]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from llmfast import ops
 from llmfast.native import library
 from llmfast.testing.accuracy import compare
-from llmfast.testing.cases import CrossEntropyCase, RopeCase, RowCase, make_inputs
+from llmfast.testing.cases import TEST_CASES, AttentionCase, Case, CrossEntropyCase, RopeCase, RowCase, make_inputs
 
 VARIANTS = ("baseline", "avx2", "avx512", "avx512_bf16")
 
@@ -44,6 +44,9 @@ def good(dtype: torch.dtype = torch.float32) -> dict[str, list[Any]]:
         "rope": [t(2, 3, 2, 6), t(3, 3, dtype=f32), t(3, 3, dtype=f32), False],
         "cross_entropy_fwd": [t(4, 6), targets, -100],
         "cross_entropy_bwd": [t(dtype=f32), t(4, 6), targets, t(2, 4, dtype=f32), t(dtype=f32), -100],
+        "attention_fwd": [t(2, 5, 4, 6), t(2, 7, 2, 6), t(2, 7, 2, 6), True, 0.4, True],
+        "attention_bwd": [t(2, 5, 4, 6), t(2, 5, 4, 6), t(2, 7, 2, 6), t(2, 7, 2, 6), t(2, 5, 4, 6)]
+        + [t(2, 2, 4, 5, dtype=f32).abs() + 9.0, True, 0.4],
         "adamw_": [t(4, 6, dtype=f32) for _ in range(3)]
         + [t(4, 6, dtype=f32).abs(), 1e-3, 0.9, 0.99, 1e-8, 0.1, 0.1, 0.1, 1.0],
     }
@@ -137,6 +140,10 @@ def test_wrong_arguments_are_refused_by_name_and_never_crash(data: st.DataObject
     ("cross_entropy_fwd", 1, torch.tensor([0, 1, -1, 2]), "cross_entropy_fwd: targets holds -1 at row 2"),
     ("cross_entropy_bwd", 3, torch.ones(2, 3), r"cross_entropy_bwd: statistics has shape \(2, 3\)"),
     ("cross_entropy_bwd", 0, torch.ones(2), "cross_entropy_bwd: grad must hold one element"),
+    ("attention_fwd", 0, torch.ones(2, 5, 4), r"attention_fwd: q has shape \(2, 5, 4\); it must be \(batch, length"),
+    ("attention_fwd", 1, torch.ones(2, 7, 3, 6), r"attention_fwd: v has shape .* but k \(2, 7, 3, 6\)"),
+    ("attention_bwd", 5, torch.ones(2, 2, 4, 6), "attention_bwd: statistics has shape"),
+    ("attention_bwd", 4, torch.ones(2, 5, 6, 4).transpose(2, 3), "attention_bwd: out must be contiguous"),
     ("adamw_", 1, torch.ones(6, 4), "adamw_: grad has shape"),
     ("adamw_", 0, torch.ones(6, 4).t(), "adamw_: parameter must be contiguous"),
     ("softmax_bwd", 0, None, "softmax_bwd: dy is not a tensor"),
@@ -173,6 +180,27 @@ def test_every_instruction_set(variant: str, op: str, dtype: torch.dtype, select
         inputs = make_inputs(case, "cpu", dtype)
         comparisons = compare(case, inputs, torch.randn(case.output).to(dtype), "cpp")
         assert all(c.ok for c in comparisons), f"{case.label}: {'; '.join(map(str, comparisons))}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_attention_on_every_instruction_set(variant: str, dtype: torch.dtype, select: Callable[[str], bool]) -> None:
+    """And with no gradient wanted, when few queries take the path that decoding does."""
+    if not select(variant):
+        pytest.skip(f"this CPU has no {variant}")
+    decoded = [AttentionCase(2, 3, 1300, 4, 2, 64, True), AttentionCase(1, 1, 513, 3, 3, 40, False)]
+    for case in [*TEST_CASES["attention"], *decoded]:
+        inputs = make_inputs(case, "cpu", dtype)
+        comparisons = compare(case, inputs, torch.randn(case.output).to(dtype), "cpp")
+        assert all(c.ok for c in comparisons), f"{case.label}: {'; '.join(map(str, comparisons))}"
+        with torch.no_grad():
+            out = case.ours(*(t.detach() for t in inputs), backend="cpp")
+            truth = case.ours(*(t.detach().double() for t in inputs), backend="reference")
+            peer = case.torch(*(t.detach() for t in inputs))
+        if out.numel():
+            error, theirs = ((t.double() - truth).abs().max() for t in (out, peer))
+            ulp = torch.finfo(dtype).eps * truth.abs().max()
+            assert error <= 3 * theirs + ulp, f"{case.label}: {error} against {theirs}"
 
 
 def test_an_unknown_instruction_set_is_refused(select: Callable[[str], bool]) -> None:
@@ -260,9 +288,10 @@ def test_no_call_leaks(fails: bool) -> None:
 @pytest.mark.parametrize("case", [
     RowCase("softmax", 9, 40), RowCase("layer_norm", 9, 40), RowCase("rms_norm", 9, 40), RowCase("gelu", 9, 40),
     RowCase("bias_gelu", 9, 40), RowCase("swiglu", 9, 40), CrossEntropyCase(9, 40), RopeCase(2, 5, 2, 8),
+    AttentionCase(2, 9, 9, 4, 2, 16, causal=True),
 ], ids=lambda c: c.op)  # fmt: skip
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_without_a_break(case: RowCase | CrossEntropyCase | RopeCase, dynamic: bool) -> None:
+def test_compiled_without_a_break(case: Case, dynamic: bool) -> None:
     """Forward and backward under torch.compile(fullgraph=True) equal eager ones, at several lengths."""
     torch._dynamo.reset()
     compiled = torch.compile(
