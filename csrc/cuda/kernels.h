@@ -55,16 +55,17 @@ int rms_norm_bwd(const void* dy, const void* x, Param weight, const float* rstd,
                  float* workspace, int64_t n_partials, int64_t rows, int64_t cols, int64_t dy_stride,
                  int64_t x_stride, DType dtype, void* stream);
 
-// loss = lse - logits[target], lse = log(sum(exp(logits))), each (rows,) f32, loss 0 where target == ignore_index and
-// NaN where it is otherwise outside [0, cols). mean_loss, count: one f32 each, over the targets not ignored; mean 0 if
-// there are none. logits: (rows, cols); targets: (rows,).
-int cross_entropy_fwd(const void* logits, const int64_t* targets, float* loss, float* lse, float* mean_loss,
+// loss = lse - logits[target], lse = log(sum(exp(logits))), (rows,) f32: 0 where target == ignore_index and NaN where it
+// is otherwise outside [0, cols). statistics: (2, rows) f32, each row's largest logit, then the sum of exponentials
+// below it. mean_loss, count: one f32 each, over the targets not ignored; mean 0 if there are none. logits:
+// (rows, cols); targets: (rows,).
+int cross_entropy_fwd(const void* logits, const int64_t* targets, float* loss, float* statistics, float* mean_loss,
                       float* count, int64_t rows, int64_t cols, int64_t logits_stride, int64_t ignore_index,
                       DType dtype, void* stream);
 
 // dlogits = (softmax(logits) - onehot(target)) * grad / max(count, 1); rows of 0 where the target is ignored, of NaN
-// where it is out of range. grad, count: one f32 each, in device memory; lse as the forward gave it.
-int cross_entropy_bwd(const void* logits, const int64_t* targets, const float* lse, const float* grad,
+// where it is out of range. grad, count: one f32 each, in device memory; statistics as the forward gave them.
+int cross_entropy_bwd(const void* logits, const int64_t* targets, const float* statistics, const float* grad,
                       const float* count, void* dlogits, int64_t rows, int64_t cols, int64_t logits_stride,
                       int64_t ignore_index, DType dtype, void* stream);
 

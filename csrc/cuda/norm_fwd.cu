@@ -1,14 +1,12 @@
 // Layer norm (https://arxiv.org/abs/1607.06450) and RMS norm (https://arxiv.org/abs/1910.07467), forward.
 //
-// The variance is that of the centred row; statistics are float32. Parameters wait in shared memory as float32: blocks
-// stay on their multiprocessor and walk many rows, so each parameter is read from memory once a block.
+// Statistics are float32; each warp takes the variance of its share of the row, centred by its own mean, and those are
+// merged, so that one exchange between warps is enough.
 #include "row_loop.cuh"
-#include "row_tile.cuh"
+#include "row_stream.cuh"
 
 namespace llmfast::cuda {
 namespace {
-
-constexpr int kThreads = 768;  // leaves each 80 registers
 
 template <class T>
 struct Forward {
@@ -17,80 +15,201 @@ struct Forward {
   T* y;
   float *mean, *rstd;  // mean: layer norm only
   int64_t rows, cols, x_stride;
-  float eps;
+  float eps, per_column;  // per_column: 1 / cols
 };
 
-// Centres x, and returns the mean that it took off.
-template <class T, int V>
-__device__ float centre(float (&x)[V][kPerVector<T>], int owned, int cols, Group& group) {
-  // float32 inputs are fine enough to show what the first sum rounded off: the second round takes that off too.
-  constexpr int kRounds = kExact<T> ? 2 : 1;
-  float mean = 0.0f;
-#pragma unroll
-  for (int round = 0; round < kRounds; ++round) {
+// What a warp, or all of a row's warps, know of the row. For RMS norm the sum of squares alone.
+struct Moments {
+  // Layer norm: a number near the mean, what it lacks, and the sum of squares about both. Where the mean is large, one
+  // float32 would round it by more than the spread allows.
+  float near_mean = 0.0f, rest = 0.0f, squares = 0.0f;
+  float count = 0.0f;
+};
+
+template <class T, int V, bool kRms>
+__device__ Moments warp_moments(uint4 (&raw)[V], int owned, float count) {
+  constexpr int n = kPerVector<T>;
+  Moments m;
+  m.count = count;
+  float inverse = 0.0f;
+  if constexpr (!kRms) {
+    inverse = count > 0.0f ? 1.0f / count : 0.0f;
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
+      float x[n];
+      unpack<T>(raw[i], x);  // zeros past the end
 #pragma unroll
-      for (int j = 0; j < kPerVector<T>; ++j) sum += x[i][j];
+      for (int j = 0; j < n; ++j) sum += x[j];
     }
-    const float part = group.all_reduce<Add>(sum) / cols;
-    mean += part;
+    keep_packed(raw);
+    m.near_mean = warp_reduce<Add>(sum) * inverse;
+  }
+  float rest = 0.0f;
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
+  for (int i = 0; i < V; ++i) {
+    float x[n];
+    unpack<T>(raw[i], x);
+    const float centre = kRms || i >= owned ? 0.0f : m.near_mean;
 #pragma unroll
-      for (int j = 0; j < kPerVector<T>; ++j) x[i][j] = i < owned ? x[i][j] - part : 0.0f;
+    for (int j = 0; j < n; ++j) {
+      const float d = kRms ? x[j] : x[j] - centre;
+      if (!kRms && kExact<T>) rest += d;
+      m.squares += d * d;
     }
   }
-  return mean;
+  m.squares = warp_reduce<Add>(m.squares);
+  if constexpr (!kRms && kExact<T>) {
+    m.rest = warp_reduce<Add>(rest) * inverse;
+    m.squares = fmaxf(m.squares - m.rest * m.rest * count, 0.0f);
+  }
+  return m;
+}
+
+__device__ inline float4 as_part(const Moments& m) { return make_float4(m.near_mean, m.rest, m.squares, m.count); }
+
+// The whole of warps' parts, by the formula of Chan, Golub and LeVeque for merging variances.
+template <bool kRms>
+__device__ Moments combine_moments(const float4* parts, int n, float per_column) {
+  const int lane = threadIdx.x % 32;
+  Moments m;
+  if constexpr (!kRms) {
+    m.near_mean = parts[0].x;
+#pragma unroll 1
+    for (int i = lane; i < n; i += 32) m.rest += ((parts[i].x - m.near_mean) + parts[i].y) * parts[i].w;
+    m.rest = warp_reduce<Add>(m.rest) * per_column;
+  }
+#pragma unroll 1
+  for (int i = lane; i < n; i += 32) {
+    const float4 p = parts[i];
+    const float apart = kRms ? 0.0f : (p.x - m.near_mean) + p.y - m.rest;
+    m.squares += p.z + apart * apart * p.w;
+  }
+  m.squares = warp_reduce<Add>(m.squares);
+  return m;
+}
+
+// Elements of this thread's warp, given how many vectors the slice holds.
+template <class T, int V>
+__device__ float warp_count(int vectors) {
+  int count = 0;
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    count += min(max(vectors - static_cast<int>(threadIdx.x / 32 * 32 + i * blockDim.x), 0), 32);
+  }
+  return static_cast<float>(count * kPerVector<T>);
+}
+
+// The results of one vector. params: where the parameters of its columns lie in weight and bias.
+template <class T, bool kRms>
+__device__ void normalize(const uint4& raw, const Moments& m, float rstd, const Param& weight, const Param& bias,
+                          int params, T* y) {
+  constexpr int n = kPerVector<T>;
+  float x[n], w[n];
+  unpack<T>(raw, x);
+  read_params(weight, params, 1.0f, w);
+#pragma unroll
+  for (int j = 0; j < n; ++j) {
+    if (!kRms) x[j] = kExact<T> ? (x[j] - m.near_mean) - m.rest : x[j] - m.near_mean;
+    x[j] *= rstd * w[j];
+  }
+  if constexpr (!kRms) {
+    read_params(bias, params, 0.0f, w);
+#pragma unroll
+    for (int j = 0; j < n; ++j) x[j] += w[j];
+  }
+  store_streaming(y, pack<T>(x));
+}
+
+// Finishes the statistics; a 16-bit type is happy with the mean as one number.
+template <class T, bool kRms>
+__device__ float finish_moments(Moments& m, const Forward<T>& p, int64_t row, bool saves) {
+  const float rstd = 1.0f / sqrtf(m.squares * p.per_column + p.eps);
+  if (!kRms && !kExact<T>) m.near_mean += m.rest;
+  if (saves) {
+    if (!kRms) p.mean[row] = kExact<T> ? m.near_mean + m.rest : m.near_mean;
+    p.rstd[row] = rstd;
+  }
+  return rstd;
 }
 
 template <class T, int V, bool kRms>
-__global__ void __launch_bounds__(kThreads) norm_fwd_kernel(Forward<T> p, RowShape shape) {
-  extern __shared__ uint4 shared[];
+__global__ void __launch_bounds__(kMaxDirectThreads, 2) norm_fwd_kernel(Forward<T> p) {
   constexpr int n = kPerVector<T>;
-  const int plane_vectors = shape.per_block * (n / 4);
-  float4* planes = reinterpret_cast<float4*>(shared);
-  uint4* ring = shared + plane_vectors * (kRms ? 1 : 2);
-  Group group(reinterpret_cast<float*>(ring + blockDim.y * shape.stages * V * blockDim.x), shape.cluster);
-  RowTile<T, V, 1> tile(shape, group, ring, {p.x}, {p.x_stride});
-  const ParamPlanes<T> weight(planes, shape, group, p.weight, 1.0f);
-  const ParamPlanes<T> bias(planes + plane_vectors, shape, group, kRms ? Param() : p.bias, 0.0f, !kRms);
-  group.start();
-  const int cols = static_cast<int>(p.cols);
-  for (; tile.more(); tile.advance()) {
-    float x[V][n];
-    tile.acquire();
+  const int64_t row = direct_row();
+  if (row >= p.rows) return;  // whole warps, of rows of one warp each
+  const T* x = p.x + row * p.x_stride;
+  T* y = p.y + row * p.cols;
+  const int vectors = static_cast<int>(p.cols) / n;
+  uint4 raw[V];
+  int owned = 0;
 #pragma unroll
-    for (int i = 0; i < V; ++i) unpack<T>(tile.vector(0, i), x[i]);
-    tile.release();
-    float mean = 0.0f;
-    if constexpr (!kRms) mean = centre<T>(x, tile.owned, cols, group);
-    float squares = 0.0f;
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-#pragma unroll
-      for (int j = 0; j < n; ++j) squares += x[i][j] * x[i][j];
-    }
-    const float rstd = 1.0f / sqrtf(group.all_reduce<Add>(squares) / cols + p.eps);
-    if (group.thread == 0 && group.rank == 0) {
-      if (!kRms) p.mean[tile.row] = mean;
-      p.rstd[tile.row] = rstd;
-    }
-    T* y = p.y + static_cast<int64_t>(tile.row) * cols;
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      if (i < tile.owned) {
-        const int vector = group.thread + i * group.threads;
-        float w[n], b[n];
-        weight.read(vector, w);
-        if (!kRms) bias.read(vector, b);
-#pragma unroll
-        for (int j = 0; j < n; ++j) w[j] = x[i][j] * rstd * w[j] + (kRms ? 0.0f : b[j]);
-        store<n>(y + tile.column(i), w);
-      }
-    }
+  for (int i = 0; i < V; ++i) {
+    const int v = threadIdx.x + i * blockDim.x;
+    raw[i] = v < vectors ? load_streaming(x + v * n) : uint4{};
+    owned += v < vectors;
   }
+  Moments m = warp_moments<T, V, kRms>(raw, owned, warp_count<T, V>(vectors));
+  if (blockDim.x > 32) m = combine_moments<kRms>(exchange_parts(as_part(m)), blockDim.x / 32, p.per_column);
+  const float rstd = finish_moments<T, kRms>(m, p, row, threadIdx.x == 0);
+  keep_packed(raw);
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    const int v = threadIdx.x + i * blockDim.x;
+    if (v < vectors) normalize<T, kRms>(raw[i], m, rstd, p.weight, p.bias, v * n, y + v * n);
+    __syncwarp();  // keeps the compiler from hoisting all vectors' parameters to the top, where they would not fit
+  }
+}
+
+// Copies the parameters of a block's slice into shared memory, in their own dtype: *p then lies there. 8 bytes at once,
+// as half a vector of float32 columns with 16-bit parameters takes no more. Returns where the next may lie.
+template <class T>
+__device__ uint4* hold_params(Param* p, uint4* to, int begin, int slice, int per_block) {
+  if (p->data == nullptr) return to;
+  const int bytes = kPerVector<T> * (p->dtype == DType::f32 ? 4 : 2);  // of the parameters of one vector
+  const uint2* from = reinterpret_cast<const uint2*>(static_cast<const char*>(p->data) + int64_t{begin} * bytes);
+#pragma unroll 4
+  for (int i = threadIdx.x; i < slice * bytes / 8; i += blockDim.x) reinterpret_cast<uint2*>(to)[i] = __ldg(from + i);
+  p->data = to;
+  return to + (per_block * bytes + 15) / 16;
+}
+
+// Rows over clusters, see RowStream.
+template <class T, bool kRms>
+__global__ void __launch_bounds__(kMaxStreamThreads, 2) norm_fwd_stream_kernel(Forward<T> p, StreamShape shape) {
+  extern __shared__ uint4 shared[];
+  constexpr int n = kPerVector<T>, V = kStreamVectors;
+  ClusterExchange exchange(shared, shape.cluster);
+  uint4* ring = shared + exchange_bytes(blockDim.x, shape.cluster) / 16;
+  uint4* params = ring + shape.stages * V * blockDim.x;
+  RowStream<T, 1, false> stream(shape, ring, {p.x}, {p.x_stride});
+  const int slice = stream.end(shape.cols / n) - stream.begin;
+  params = hold_params<T>(&p.weight, params, stream.begin, slice, shape.per_block);
+  if (!kRms) hold_params<T>(&p.bias, params, stream.begin, slice, shape.per_block);
+  const float count = warp_count<T, V>(slice);
+  int owned = 0;
+#pragma unroll
+  for (int i = 0; i < V; ++i) owned += static_cast<int>(threadIdx.x + i * blockDim.x) < slice;
+  exchange.start();
+  stream.walk(
+      [&](int stage, int) {
+        uint4 raw[V];
+#pragma unroll
+        for (int i = 0; i < V; ++i) raw[i] = i < owned ? *stream.slot(stage, 0, i) : uint4{};
+        exchange.post(as_part(warp_moments<T, V, kRms>(raw, owned, count)));
+      },
+      [&](int stage, int row) {
+        Moments m = combine_moments<kRms>(exchange.collect(), exchange.parts, p.per_column);
+        const float rstd = finish_moments<T, kRms>(m, p, row, threadIdx.x == 0 && exchange.rank == 0);
+        T* y = p.y + static_cast<int64_t>(row) * p.cols;
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+          const int v = threadIdx.x + i * blockDim.x;
+          T* to = y + stream.vector_index(i) * n;
+          if (i < owned) normalize<T, kRms>(*stream.slot(stage, 0, i), m, rstd, p.weight, p.bias, v * n, to);
+          __syncwarp();
+        }
+      });
 }
 
 // The same for rows walked three times: mean, squares, result.
@@ -122,15 +241,15 @@ __global__ void __launch_bounds__(512) norm_fwd_loop_kernel(Forward<T> p, bool r
     }
   });
   float variance = group.template all_reduce<Add>(squares) / cols;
+  float rest = 0.0f;
   if constexpr (!kRms && kExact<T>) {  // what the first sum rounded off
-    const float correction = group.template all_reduce<Add>(error) / cols;
-    mean += correction;
-    variance -= correction * correction;
+    rest = group.template all_reduce<Add>(error) / cols;
+    variance -= rest * rest;
     if (variance < 0.0f) variance = 0.0f;  // not fmaxf, which would drop NaN
   }
   const float rstd = 1.0f / sqrtf(variance + p.eps);
   if (group.thread == 0) {
-    if (!kRms) p.mean[group.row] = mean;
+    if (!kRms) p.mean[group.row] = mean + rest;
     p.rstd[group.row] = rstd;
   }
   span.visit(group.thread, group.threads, [&](auto count, int64_t col) {
@@ -139,7 +258,7 @@ __global__ void __launch_bounds__(512) norm_fwd_loop_kernel(Forward<T> p, bool r
     load(x + col, f);
 #pragma unroll
     for (int j = 0; j < n; ++j) {
-      f[j] = (f[j] - mean) * rstd * load_param(p.weight, col + j, 1.0f);
+      f[j] = ((f[j] - mean) - rest) * rstd * load_param(p.weight, col + j, 1.0f);
       if (!kRms) f[j] += load_param(p.bias, col + j, 0.0f);
     }
     store(y + col, f);
@@ -151,19 +270,26 @@ int norm_fwd(const Forward<T>& p, void* stream) {
   if (p.rows == 0) return 0;
   Device device;
   if (int e = current_device(&device)) return e;
-  constexpr int size = sizeof(T);
-  RowPlan plan;
-  if (vector_rows(p.x, p.x_stride, p.rows, p.cols, size) && aligned16(p.y))
-    plan = plan_rows(device, {p.rows, p.cols, size, 1, kRms ? 1 : 2, kThreads});
-  if (plan.vectors_per_thread == 0) {
+  const int64_t vectors = p.cols / kPerVector<T>;
+  const bool whole = whole_vectors(p.x, p.x_stride, p.rows, p.cols * sizeof(T), sizeof(T)) && aligned16(p.y) &&
+                     aligned16(p.weight.data) && aligned16(p.bias.data);
+  if (const DirectPlan plan = plan_direct(p.rows, vectors, false); whole && plan.vectors_per_thread > 0) {
+    return dispatch_vectors(plan.vectors_per_thread, [&](auto v) {
+      return launch(norm_fwd_kernel<T, decltype(v)::value, kRms>, plan.launch, stream, p);
+    });
+  }
+  const auto param_bytes = [](const Param& param) {
+    return param.data == nullptr ? 0 : kPerVector<T> * (param.dtype == DType::f32 ? 4 : 2);
+  };
+  StreamPlan plan;
+  if (whole) plan = plan_stream(device, {p.rows, p.cols, vectors, 1, param_bytes(p.weight) + param_bytes(p.bias)});
+  if (plan.shape.cluster == 0) {
     const LoopPlan loop = plan_loop(p.rows, p.cols);
     return launch(norm_fwd_loop_kernel<T, kRms>, loop.launch, stream, p, loop.row_per_warp);
   }
-  return dispatch_vectors(plan.vectors_per_thread, [&](auto v) {
-    auto kernel = norm_fwd_kernel<T, decltype(v)::value, kRms>;
-    if (int e = fill_grid(reinterpret_cast<const void*>(kernel), device, &plan)) return e;
-    return launch(kernel, plan.launch, stream, p, plan.shape);
-  });
+  const auto kernel = norm_fwd_stream_kernel<T, kRms>;
+  if (int e = fill_stream_grid(reinterpret_cast<const void*>(kernel), device, &plan)) return e;
+  return launch(kernel, plan.launch, stream, p, plan.shape);
 }
 
 }  // namespace
@@ -173,7 +299,7 @@ int layer_norm_fwd(const void* x, Param weight, Param bias, void* y, float* mean
   return dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const Forward<T> p{static_cast<const T*>(x), weight, bias, static_cast<T*>(y), mean, rstd, rows, cols, x_stride,
-                       eps};
+                       eps, 1.0f / static_cast<float>(cols)};
     return norm_fwd<false>(p, stream);
   });
 }
@@ -183,7 +309,7 @@ int rms_norm_fwd(const void* x, Param weight, void* y, float* rstd, int64_t rows
   return dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const Forward<T> p{static_cast<const T*>(x), weight, Param(), static_cast<T*>(y), nullptr, rstd, rows, cols,
-                       x_stride, eps};
+                       x_stride, eps, 1.0f / static_cast<float>(cols)};
     return norm_fwd<true>(p, stream);
   });
 }

@@ -1,6 +1,6 @@
 // What the kernels' files share: how rows are laid over threads, blocks and clusters, and the second stage of column
 // sums (partials, one row per block of the first stage, are summed in a fixed order).
-#include "row_tile.cuh"
+#include "row_stream.cuh"
 
 namespace llmfast::cuda {
 namespace {
@@ -91,6 +91,29 @@ RowPlan plan_rows(const Device& device, const RowNeeds& needs) {
     }
   }
   plan.vectors_per_thread = 0;
+  return plan;
+}
+
+StreamPlan plan_stream(const Device& device, const StreamNeeds& needs) {
+  StreamPlan plan;
+  const int most = kStreamVectors * kMaxStreamThreads;
+  if (device.major < 9 || needs.vectors == 0 || needs.rows > kMaxRows || needs.vectors > int64_t{8} * most) return plan;
+  // Half-size slices where parameters take shared memory, too, and clusters allow: two blocks then fit.
+  const int preferred = needs.param_bytes > 0 ? most / 2 : most;
+  int cluster = 2;
+  while (cluster < 8 && ceil_div(needs.vectors, cluster) > preferred) cluster *= 2;
+  const int per_block = static_cast<int>(ceil_div(needs.vectors, cluster));
+  const int threads = group_threads(per_block, kStreamVectors);
+  const int64_t fixed = needs.param_bytes * per_block + exchange_bytes(threads, cluster);
+  for (int stages : {3, 2}) {
+    const int64_t smem = fixed + int64_t{16} * stages * needs.inputs * kStreamVectors * threads;
+    if (smem > device.max_smem) continue;
+    plan.shape = {static_cast<int>(needs.rows), static_cast<int>(needs.cols), per_block, cluster, stages};
+    plan.launch.block = dim3(threads);
+    plan.launch.smem = static_cast<size_t>(smem);
+    plan.launch.cluster = cluster;
+    break;
+  }
   return plan;
 }
 

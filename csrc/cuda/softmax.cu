@@ -1,94 +1,200 @@
 // Softmax over rows, forward and backward. Longer or ragged rows are walked in pieces, the forward keeping a running
 // maximum and sum per thread (online softmax, https://arxiv.org/abs/1805.02867).
 #include "row_loop.cuh"
-#include "row_tile.cuh"
+#include "row_stream.cuh"
+#include "running.cuh"
 
 namespace llmfast::cuda {
 namespace {
 
-constexpr int kForwardThreads = 1024, kBackwardThreads = 512;
+constexpr int kBackwardThreads = 256;  // of a block that holds a row; each thread needs registers for two inputs
 
-// e^(x - m) / sum. A row with +inf, NaN or nothing but -inf becomes NaN by itself: inf - inf, or 0 / 0.
-template <class T, int V>
-__global__ void __launch_bounds__(kForwardThreads)
-    softmax_fwd_kernel(const T* x_rows, T* y_rows, int64_t cols, int64_t x_stride, RowShape shape) {
-  extern __shared__ uint4 shared[];
+// What the backward sums: over the elements of one vector that are of the row.
+template <class T, bool kRagged>
+__device__ float masked_dot(const uint4& dy_raw, const uint4& y_raw, const Cover<T, kRagged>& cover, int v) {
   constexpr int n = kPerVector<T>;
-  uint4* ring = shared;
-  Group group(reinterpret_cast<float*>(ring + blockDim.y * shape.stages * V * blockDim.x), shape.cluster);
-  RowTile<T, V, 1> tile(shape, group, ring, {x_rows}, {x_stride});
-  group.start();
-  for (; tile.more(); tile.advance()) {
-    float e[V][n];
-    float largest = Max::identity;
-    tile.acquire();
+  float dy[n], y[n], dot = 0.0f;
+  unpack<T>(dy_raw, dy);
+  unpack<T>(y_raw, y);
+  if constexpr (kRagged) {  // otherwise only whole vectors of zeros are not of the row
+    cover.mask(v, dy, 0.0f);
+    cover.mask(v, y, 0.0f);
+  }
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      unpack<T>(tile.vector(0, i, minus_infinity<T>()), e[i]);
+  for (int j = 0; j < n; ++j) dot += dy[j] * y[j];
+  return dot;
+}
+
+template <class T, bool kRagged>
+__device__ void store_gradient(T* dx, const Cover<T, kRagged>& cover, int v, const uint4& dy_raw, const uint4& y_raw,
+                               float dot) {
+  constexpr int n = kPerVector<T>;
+  float dy[n], y[n];
+  unpack<T>(dy_raw, dy);
+  unpack<T>(y_raw, y);
 #pragma unroll
-      for (int j = 0; j < n; ++j) largest = fmaxf(largest, e[i][j]);
-    }
-    tile.release();
-    largest = group.all_reduce<Max>(largest);
-    float total = 0.0f;
+  for (int j = 0; j < n; ++j) y[j] *= dy[j] - dot;
+  cover.store(dx, v, y);
+}
+
+// Elements of V vectors, -inf where not of the row, in one array.
+template <class T, int V, bool kRagged>
+__device__ void unpack_all(const uint4 (&raw)[V], const Cover<T, kRagged>& cover, float (&f)[V * kPerVector<T>]) {
+  constexpr int n = kPerVector<T>;
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-#pragma unroll
-      for (int j = 0; j < n; ++j) total += e[i][j] = exponential<T>(e[i][j] - largest);
-    }
-    // What lies past the row's end is not counted, but where all is -inf it is NaN, as the whole row then is.
-    total = group.all_reduce<Add>(total);
-    const float reciprocal = 1.0f / total;
-    T* y = y_rows + static_cast<int64_t>(tile.row) * cols;
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-#pragma unroll
-      for (int j = 0; j < n; ++j) e[i][j] = kExact<T> ? e[i][j] / total : e[i][j] * reciprocal;
-      if (i < tile.owned) store<n>(y + tile.column(i), e[i]);
-    }
+  for (int i = 0; i < V; ++i) {
+    float(&part)[n] = *reinterpret_cast<float(*)[n]>(f + i * n);
+    unpack<T>(raw[i], part);
+    cover.mask(threadIdx.x + i * blockDim.x, part, Max::identity);
   }
 }
 
-template <class T, int V>
-__global__ void __launch_bounds__(kBackwardThreads, 1)
-    softmax_bwd_kernel(const T* dy_rows, const T* y_rows, T* dx_rows, int64_t cols, int64_t dy_stride,
-                       int64_t y_stride, RowShape shape) {
-  extern __shared__ uint4 shared[];
+template <class T, int V, bool kRagged>
+__global__ void __launch_bounds__(kMaxDirectThreads, 2)
+    softmax_fwd_kernel(const T* x, T* y, int rows, int cols, int64_t x_stride) {
   constexpr int n = kPerVector<T>;
-  uint4* ring = shared;
-  Group group(reinterpret_cast<float*>(ring + blockDim.y * shape.stages * 2 * V * blockDim.x), shape.cluster);
-  RowTile<T, V, 2> tile(shape, group, ring, {dy_rows, y_rows}, {dy_stride, y_stride});
-  group.start();
-  for (; tile.more(); tile.advance()) {
-    uint4 in[2][V];
-    tile.acquire();
+  const int64_t row = direct_row();
+  if (row >= rows) return;  // whole warps, of rows of one warp each
+  x += row * x_stride;
+  y += row * cols;
+  const Cover<T, kRagged> cover(x, cols);
+  uint4 raw[V];
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      in[0][i] = tile.vector(0, i);
-      in[1][i] = tile.vector(1, i);
-    }
-    tile.release();
-    float dot = 0.0f;
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      float dy[n], y[n];
-      unpack<T>(in[0][i], dy);
-      unpack<T>(in[1][i], y);
-#pragma unroll
-      for (int j = 0; j < n; ++j) dot += dy[j] * y[j];
-    }
-    dot = group.all_reduce<Add>(dot);
-    T* dx = dx_rows + static_cast<int64_t>(tile.row) * cols;
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      float dy[n], y[n];
-      unpack<T>(in[0][i], dy);
-      unpack<T>(in[1][i], y);
-#pragma unroll
-      for (int j = 0; j < n; ++j) y[j] *= dy[j] - dot;
-      if (i < tile.owned) store<n>(dx + tile.column(i), y);
-    }
+  for (int i = 0; i < V; ++i) {
+    const int v = threadIdx.x + i * blockDim.x;
+    raw[i] = v < cover.vectors ? load_streaming(cover.at(x, v)) : uint4{};
   }
+  float f[V * n];
+  unpack_all<T>(raw, cover, f);
+  Running<T> total;
+  total.add(f);
+  total.reduce();
+  if (blockDim.x > 32) total.combine(exchange_parts(total.part()), blockDim.x / 32);
+  const Normalizer<T> normalized(total);
+  keep_packed(raw);
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    const int v = threadIdx.x + i * blockDim.x;
+    if (v >= cover.vectors) break;
+    float e[n];
+    unpack<T>(raw[i], e);
+#pragma unroll
+    for (int j = 0; j < n; ++j) e[j] = normalized(e[j]);
+    cover.store(y, v, e);
+  }
+}
+
+template <class T, int V, bool kRagged>
+__global__ void __launch_bounds__(kBackwardThreads, kRagged ? 2 : 3)
+    softmax_bwd_kernel(const T* dy, const T* y, T* dx, int rows, int cols, int64_t dy_stride, int64_t y_stride) {
+  const int64_t row = direct_row();
+  if (row >= rows) return;
+  dy += row * dy_stride;
+  y += row * y_stride;
+  dx += row * cols;
+  const Cover<T, kRagged> cover(dy, cols);
+  uint4 in[2][V];
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    const int v = threadIdx.x + i * blockDim.x;
+    in[0][i] = v < cover.vectors ? load_streaming(cover.at(dy, v)) : uint4{};
+    in[1][i] = v < cover.vectors ? load_streaming(cover.at(y, v)) : uint4{};
+  }
+  float dot = 0.0f;
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    dot += masked_dot(in[0][i], in[1][i], cover, threadIdx.x + i * blockDim.x);
+    __syncwarp();  // keeps the compiler from unpacking all at once
+  }
+  dot = warp_reduce<Add>(dot);
+  if (blockDim.x > 32) dot = sum_parts(exchange_parts(make_float4(dot, 0.0f, 0.0f, 0.0f)), blockDim.x / 32);
+  keep_packed(in[0]);
+  keep_packed(in[1]);
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    const int v = threadIdx.x + i * blockDim.x;
+    if (v < cover.vectors) store_gradient(dx, cover, v, in[0][i], in[1][i], dot);
+    __syncwarp();
+  }
+}
+
+// Rows over clusters, see RowStream.
+template <class T, bool kRagged>
+__global__ void __launch_bounds__(kMaxStreamThreads, 2)
+    softmax_fwd_stream_kernel(const T* x_rows, T* y_rows, int64_t x_stride, StreamShape shape) {
+  extern __shared__ uint4 shared[];
+  constexpr int n = kPerVector<T>, V = kStreamVectors;
+  ClusterExchange exchange(shared, shape.cluster);
+  RowStream<T, 1, kRagged> stream(shape, shared + exchange_bytes(blockDim.x, shape.cluster) / 16, {x_rows}, {x_stride});
+  exchange.start();
+  stream.walk(
+      [&](int stage, int row) {
+        const Cover<T, kRagged> cover(x_rows + row * x_stride, shape.cols);
+        const int stop = stream.end(cover.vectors);
+        float f[V * n];
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+          float(&part)[n] = *reinterpret_cast<float(*)[n]>(f + i * n);
+          const bool inside = stream.vector_index(i) < stop;
+          unpack<T>(inside ? *stream.slot(stage, 0, i) : minus_infinity<T>(), part);
+          if (inside) cover.mask(stream.vector_index(i), part, Max::identity);
+        }
+        Running<T> total;
+        total.add(f);
+        total.reduce();
+        exchange.post(total.part());
+      },
+      [&](int stage, int row) {
+        const Cover<T, kRagged> cover(x_rows + row * x_stride, shape.cols);
+        const int stop = stream.end(cover.vectors);
+        T* y = y_rows + static_cast<int64_t>(row) * shape.cols;
+        Running<T> total;
+        total.combine(exchange.collect(), exchange.parts);
+        const Normalizer<T> normalized(total);
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+          if (stream.vector_index(i) >= stop) break;
+          float e[n];
+          unpack<T>(*stream.slot(stage, 0, i), e);
+#pragma unroll
+          for (int j = 0; j < n; ++j) e[j] = normalized(e[j]);
+          cover.store(y, stream.vector_index(i), e);
+        }
+      });
+}
+
+template <class T, bool kRagged>
+__global__ void __launch_bounds__(kMaxStreamThreads, 1)
+    softmax_bwd_stream_kernel(const T* dy_rows, const T* y_rows, T* dx_rows, int64_t dy_stride, int64_t y_stride,
+                              StreamShape shape) {
+  extern __shared__ uint4 shared[];
+  ClusterExchange exchange(shared, shape.cluster);
+  RowStream<T, 2, kRagged> stream(shape, shared + exchange_bytes(blockDim.x, shape.cluster) / 16, {dy_rows, y_rows},
+                         {dy_stride, y_stride});
+  exchange.start();
+  stream.walk(
+      [&](int stage, int row) {
+        const Cover<T, kRagged> cover(dy_rows + row * dy_stride, shape.cols);
+        const int stop = stream.end(cover.vectors);
+        float dot = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kStreamVectors; ++i) {
+          if (stream.vector_index(i) >= stop) break;
+          dot += masked_dot(*stream.slot(stage, 0, i), *stream.slot(stage, 1, i), cover, stream.vector_index(i));
+        }
+        exchange.post(make_float4(warp_reduce<Add>(dot), 0.0f, 0.0f, 0.0f));
+      },
+      [&](int stage, int row) {
+        const Cover<T, kRagged> cover(dy_rows + row * dy_stride, shape.cols);
+        const int stop = stream.end(cover.vectors);
+        T* dx = dx_rows + static_cast<int64_t>(row) * shape.cols;
+        const float dot = sum_parts(exchange.collect(), exchange.parts);
+#pragma unroll
+        for (int i = 0; i < kStreamVectors; ++i) {
+          if (stream.vector_index(i) >= stop) break;
+          store_gradient(dx, cover, stream.vector_index(i), *stream.slot(stage, 0, i), *stream.slot(stage, 1, i), dot);
+        }
+      });
 }
 
 template <class T>
@@ -158,6 +264,34 @@ __global__ void __launch_bounds__(512)
   });
 }
 
+// How rows of several tensors lie over 16-byte boundaries.
+struct Layout {
+  int64_t vectors = 0;  // that a row covers at most; 0 where the tensors' rows do not all lie alike
+  bool ragged = false;  // some rows begin or end within a vector
+};
+
+template <class T>
+Layout row_layout(int64_t rows, int64_t cols, const void* first, int64_t stride, const void* second,
+                  int64_t second_stride, const void* out) {
+  constexpr int64_t size = sizeof(T);
+  const auto phase = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16; };
+  const auto alike = [&](const void* p, int64_t p_stride) {
+    return phase(p) == phase(first) && (rows == 1 || (p_stride - stride) * size % 16 == 0);
+  };
+  Layout layout;
+  if (cols > INT32_MAX / 2 || !alike(second, second_stride) || !alike(out, cols)) return layout;
+  layout.ragged = !whole_vectors(first, stride, rows, cols * size, size);
+  layout.vectors = ceil_div(cols * size + (layout.ragged ? 16 - size : 0), 16);
+  return layout;
+}
+
+// f(V, ragged) for a row in registers: ragged ones have 4 vectors a thread.
+template <class F>
+int dispatch_direct(const DirectPlan& plan, bool ragged, F&& f) {
+  if (ragged) return f(std::integral_constant<int, 4>(), std::true_type());
+  return dispatch_vectors(plan.vectors_per_thread, [&](auto v) { return f(v, std::false_type()); });
+}
+
 }  // namespace
 
 int softmax_fwd(const void* x, void* y, int64_t rows, int64_t cols, int64_t x_stride, DType dtype, void* stream) {
@@ -166,21 +300,24 @@ int softmax_fwd(const void* x, void* y, int64_t rows, int64_t cols, int64_t x_st
   if (int e = current_device(&device)) return e;
   return dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    constexpr int size = sizeof(T);
     const T* in = static_cast<const T*>(x);
     T* out = static_cast<T*>(y);
-    RowPlan plan;
-    if (vector_rows(x, x_stride, rows, cols, size) && aligned16(y))
-      plan = plan_rows(device, {rows, cols, size, 1, 0, kForwardThreads});
-    if (plan.vectors_per_thread == 0) {
+    const Layout layout = row_layout<T>(rows, cols, x, x_stride, x, x_stride, y);
+    const DirectPlan direct = plan_direct(rows, layout.vectors, layout.ragged);
+    if (direct.vectors_per_thread > 0) {
+      return dispatch_direct(direct, layout.ragged, [&](auto v, auto ragged) {
+        return launch(softmax_fwd_kernel<T, decltype(v)::value, decltype(ragged)::value>, direct.launch, stream, in,
+                      out, static_cast<int>(rows), static_cast<int>(cols), x_stride);
+      });
+    }
+    StreamPlan plan = plan_stream(device, {rows, cols, layout.vectors, 1, 0});
+    if (plan.shape.cluster == 0) {
       const LoopPlan loop = plan_loop(rows, cols);
       return launch(softmax_fwd_loop_kernel<T>, loop.launch, stream, in, out, rows, cols, x_stride, loop.row_per_warp);
     }
-    return dispatch_vectors(plan.vectors_per_thread, [&](auto v) {
-      auto kernel = softmax_fwd_kernel<T, decltype(v)::value>;
-      if (int e = fill_grid(reinterpret_cast<const void*>(kernel), device, &plan)) return e;
-      return launch(kernel, plan.launch, stream, in, out, cols, x_stride, plan.shape);
-    });
+    const auto kernel = layout.ragged ? softmax_fwd_stream_kernel<T, true> : softmax_fwd_stream_kernel<T, false>;
+    if (int e = fill_stream_grid(reinterpret_cast<const void*>(kernel), device, &plan)) return e;
+    return launch(kernel, plan.launch, stream, in, out, x_stride, plan.shape);
   });
 }
 
@@ -191,22 +328,25 @@ int softmax_bwd(const void* dy, const void* y, void* dx, int64_t rows, int64_t c
   if (int e = current_device(&device)) return e;
   return dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    constexpr int size = sizeof(T);
     const T *grad = static_cast<const T*>(dy), *in = static_cast<const T*>(y);
     T* out = static_cast<T*>(dx);
-    RowPlan plan;
-    if (vector_rows(dy, dy_stride, rows, cols, size) && vector_rows(y, y_stride, rows, cols, size) && aligned16(dx))
-      plan = plan_rows(device, {rows, cols, size, 2, 0, kBackwardThreads});
-    if (plan.vectors_per_thread == 0) {
+    const Layout layout = row_layout<T>(rows, cols, dy, dy_stride, y, y_stride, dx);
+    const DirectPlan direct = plan_direct(rows, layout.vectors, layout.ragged, kBackwardThreads);
+    if (direct.vectors_per_thread > 0) {
+      return dispatch_direct(direct, layout.ragged, [&](auto v, auto ragged) {
+        return launch(softmax_bwd_kernel<T, decltype(v)::value, decltype(ragged)::value>, direct.launch, stream, grad,
+                      in, out, static_cast<int>(rows), static_cast<int>(cols), dy_stride, y_stride);
+      });
+    }
+    StreamPlan plan = plan_stream(device, {rows, cols, layout.vectors, 2, 0});
+    if (plan.shape.cluster == 0) {
       const LoopPlan loop = plan_loop(rows, cols);
       return launch(softmax_bwd_loop_kernel<T>, loop.launch, stream, grad, in, out, rows, cols, dy_stride, y_stride,
                     loop.row_per_warp);
     }
-    return dispatch_vectors(plan.vectors_per_thread, [&](auto v) {
-      auto kernel = softmax_bwd_kernel<T, decltype(v)::value>;
-      if (int e = fill_grid(reinterpret_cast<const void*>(kernel), device, &plan)) return e;
-      return launch(kernel, plan.launch, stream, grad, in, out, cols, dy_stride, y_stride, plan.shape);
-    });
+    const auto kernel = layout.ragged ? softmax_bwd_stream_kernel<T, true> : softmax_bwd_stream_kernel<T, false>;
+    if (int e = fill_stream_grid(reinterpret_cast<const void*>(kernel), device, &plan)) return e;
+    return launch(kernel, plan.launch, stream, grad, in, out, dy_stride, y_stride, plan.shape);
   });
 }
 

@@ -25,8 +25,10 @@ class Work(NamedTuple):
 class _Defaults:
     """What a case is unless its own class says otherwise."""
 
-    amplification: float = 1.0
-    """How far the op can magnify a rounding error of its input."""
+    @property
+    def amplification(self) -> float:
+        """How far the op can magnify a rounding error of its input."""
+        return 1.0
 
     def looseness(self, result: Tensor) -> float:
         """How many times PyTorch's error is allowed."""
@@ -129,7 +131,8 @@ class CrossEntropyCase(_Defaults):
         return torch.where(row % 5 == 4, -100, row * 7919 % self.classes)
 
     def ours(self, *tensors: Tensor, backend: str) -> Tensor:
-        return ops.cross_entropy(*tensors, self.targets(tensors[0].device), backend=backend)
+        (logits,) = tensors
+        return ops.cross_entropy(logits, self.targets(logits.device), backend=backend)
 
     def torch(self, *tensors: Tensor) -> Tensor:
         """F.cross_entropy at the tensors' dtype, its result widened to ours; 0 where it would be 0 / 0."""
@@ -172,10 +175,12 @@ class RopeCase(_Defaults):
         return angles.cos().to(like.device, dtype), angles.sin().to(like.device, dtype)
 
     def ours(self, *tensors: Tensor, backend: str) -> Tensor:
-        return ops.rope(*tensors, *self.tables(tensors[0]), backend=backend)
+        (x,) = tensors
+        return ops.rope(x, *self.tables(x), backend=backend)
 
     def torch(self, *tensors: Tensor) -> Tensor:
-        return _torch_rope(*tensors, *self.tables(tensors[0]))
+        (x,) = tensors
+        return _torch_rope(x, *self.tables(x))
 
     def work(self, direction: str, itemsize: int) -> Work:
         return Work(float(2 * math.prod(self.output) * itemsize), 0.0)
