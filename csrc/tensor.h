@@ -56,14 +56,16 @@ class Tensor {
   int32_t device_type() const { return get<int32_t>(aoti_torch_get_device_type); }
   int32_t device_index() const { return get<int32_t>(aoti_torch_get_device_index); }
   bool strided() const { return get<int32_t>(aoti_torch_get_layout) == aoti_torch_layout_strided(); }
+  int32_t dtype_code() const { return get<int32_t>(aoti_torch_get_dtype); }
   DType dtype() const {
-    const int32_t code = get<int32_t>(aoti_torch_get_dtype);
-    if (code == aoti_torch_dtype_float32()) return DType::kFloat32;
-    if (code == aoti_torch_dtype_bfloat16()) return DType::kBFloat16;
-    if (code == aoti_torch_dtype_float16()) return DType::kFloat16;
-    return code == aoti_torch_dtype_int64() ? DType::kInt64 : DType::kOther;
+    // libtorch's own numbers, asked for once: a call costs more than the comparison.
+    static const int32_t float32 = aoti_torch_dtype_float32(), bfloat16 = aoti_torch_dtype_bfloat16();
+    static const int32_t float16 = aoti_torch_dtype_float16(), int64 = aoti_torch_dtype_int64();
+    const int32_t code = dtype_code();
+    if (code == float32) return DType::kFloat32;
+    if (code == bfloat16) return DType::kBFloat16;
+    return code == float16 ? DType::kFloat16 : code == int64 ? DType::kInt64 : DType::kOther;
   }
-  AtenTensorOpaque* handle() const { return handle_; }
   AtenTensorOpaque* release() { return std::exchange(handle_, nullptr); }
 
  private:
@@ -161,22 +163,20 @@ inline void check_statistics(const Argument& a, int64_t rows) {
   require_contiguous(a);
 }
 
-inline Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype, const Tensor& like) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i] > 0 ? sizes[i] : 1) strides[i] = stride;
+inline Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype, const Tensor& like) {
+  constexpr int64_t kMaxDim = 64;  // torch's own
+  int64_t strides[kMaxDim], stride = 1;
+  for (int64_t i = dim - 1; i >= 0; stride *= sizes[i] > 0 ? sizes[i] : 1, --i) strides[i] = stride;
   AtenTensorOpaque* handle = nullptr;
-  LLMFAST_TORCH(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
-                                         like.device_type(), like.device_index(), &handle));
+  LLMFAST_TORCH(aoti_torch_empty_strided(dim, sizes, strides, dtype, like.device_type(), like.device_index(), &handle));
   return Tensor(handle);
 }
-inline Tensor empty_float32(const std::vector<int64_t>& sizes, const Tensor& like) {
-  return empty(sizes, aoti_torch_dtype_float32(), like);
+inline Tensor empty_float32(std::initializer_list<int64_t> sizes, const Tensor& like) {
+  static const int32_t float32 = aoti_torch_dtype_float32();
+  return empty(sizes.begin(), int64_t(sizes.size()), float32, like);
 }
 inline Tensor empty_like(const Tensor& t) {
-  int32_t dtype = 0;
-  LLMFAST_TORCH(aoti_torch_get_dtype(t.handle(), &dtype));
-  return empty({t.sizes(), t.sizes() + t.dim()}, dtype, t);
+  return empty(t.sizes(), t.dim(), t.dtype_code(), t);
 }
 
 // From the stack: every tensor on it is the callee's to delete, and so is the box of an optional one.

@@ -18,4 +18,4 @@ def run(op: str, backend: str | None, *args: Any) -> Tensor:
     kernels = registry.choose(op, backend, args, traced=True)
     if kernels is None:
         return getattr(reference, op)(*args)
-    return autograd.FUNCTIONS[op].apply(kernels, *args)  # pyright: ignore[reportReturnType]
+    return autograd.apply(op, kernels, args)

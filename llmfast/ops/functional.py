@@ -112,9 +112,11 @@ def _run(op: str, backend: str | None, args: tuple[Any, ...]) -> Tensor:
     kernels = registry.choose(op, backend, args)
     if kernels is None:
         return getattr(reference, op)(*args)
+    if not args[0].is_cuda:
+        return autograd.apply(op, kernels, args)
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(args[0]):
-        return autograd.FUNCTIONS[op].apply(kernels, *args)  # pyright: ignore[reportReturnType]
+        return autograd.apply(op, kernels, args)
 
 
 def _check_float(op: str, *, optional: tuple[str, ...] = (), **tensors: Tensor | None) -> None:

@@ -15,7 +15,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import environment
 from ..errors import BackendError, InputError
@@ -108,12 +107,11 @@ def _load(module: str) -> ModuleType | str:
 
 
 def _why_not(op: str, backend: Backend, args: tuple[Any, ...]) -> str | None:
-    tensors = [a for a in args if isinstance(a, Tensor)]
-    device, dtype = tensors[0].device, tensors[0].dtype
-    interpreted = backend.name == "triton" and device.type == "cpu" and environment.triton_interpreted()
-    if device.type not in backend.devices and not interpreted:
+    device, dtype = args[0].device.type, args[0].dtype
+    interpreted = backend.name == "triton" and device == "cpu" and environment.triton_interpreted()
+    if device not in backend.devices and not interpreted:
         remedy = " (TRITON_INTERPRET=1 runs it on the CPU, for tests)" if backend.name == "triton" else ""
-        return f"runs on {'/'.join(sorted(backend.devices))}, not on {device.type}{remedy}"
+        return f"runs on {'/'.join(sorted(backend.devices))}, not on {device}{remedy}"
     if dtype not in backend.dtypes:
         return f"has no {str(dtype).removeprefix('torch.')} kernel"
     if interpreted and dtype is torch.bfloat16:
