@@ -5,6 +5,9 @@ import os
 import pytest
 import torch
 
+from llmfast.errors import BackendError
+from llmfast.native import library
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -20,9 +23,16 @@ def device(request: pytest.FixtureRequest) -> str:
     """Where a test runs: on the GPU if there is one, unless the backend that it is parametrized by runs elsewhere."""
     here = "cuda" if torch.cuda.is_available() else "cpu"
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    where = {"cpp": "cpu", "cuda": "cuda"}.get(parameters.get("backend", ""), here)
+    needed: dict[str, tuple[str, library.Name]] = {"cpp": ("cpu", "cpu"), "cuda": ("cuda", "cuda")}
+    if parameters.get("backend") not in needed:
+        return here
+    where, name = needed[parameters["backend"]]
     if where == "cuda" and here != "cuda":
         pytest.skip("needs a CUDA device")
+    try:
+        library.load(name)
+    except BackendError as error:
+        pytest.skip(str(error))
     return where
 
 

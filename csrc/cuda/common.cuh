@@ -116,6 +116,12 @@ __device__ inline float exp2_approx(float x) {
   return y;
 }
 
+__device__ inline float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 constexpr float kLog2E = 1.4426950408889634f;
 
 template <class T>
@@ -135,11 +141,11 @@ struct Max {
   __device__ static float apply(float a, float b) { return fmaxf(a, b); }
 };
 
-// A butterfly, so that all lanes hold the same bits.
-template <class Op>
+// A butterfly over each kLanes lanes, so that all of them hold the same bits.
+template <class Op, int kLanes = 32>
 __device__ float warp_reduce(float v) {
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) v = Op::apply(v, __shfl_xor_sync(0xffffffffu, v, offset));
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) v = Op::apply(v, __shfl_xor_sync(0xffffffffu, v, offset));
   return v;
 }
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "row_loop.cuh"
+#include "row_tile.cuh"
 #include "running.cuh"
 
 namespace llmfast::cuda {
@@ -13,10 +14,28 @@ constexpr int kMaxForwardThreads = 256, kMaxBackwardThreads = 512, kUnroll = 4;
 
 __device__ inline float not_a_number() { return __int_as_float(0x7fffffff); }
 
-// Threads for a row, each with kUnroll vectors of it or more.
-inline int row_threads(int64_t cols, int64_t element_bytes, int64_t most) {
-  const int64_t wanted = ceil_div(cols * element_bytes, 16 * kUnroll * 32) * 32;
+// Threads for a row, each with that many vectors of it or more.
+inline int row_threads(int64_t cols, int64_t element_bytes, int64_t per_thread, int64_t most) {
+  const int64_t wanted = ceil_div(cols * element_bytes, 16 * per_thread * 32) * 32;
   return static_cast<int>(std::min<int64_t>(std::max<int64_t>(wanted, 32), most));
+}
+
+// From a peer's shared memory, the address `mine` has here.
+__device__ inline double read_peer_double(uint32_t mine, int peer) {
+  double v = 0.0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{\n.reg .u32 at;\nmapa.shared::cluster.u32 at, %1, %2;\nld.shared::cluster.f64 %0, [at];\n}"
+               : "=d"(v) : "r"(mine), "r"(peer) : "memory");
+#endif
+  return v;
+}
+__device__ inline unsigned read_peer_unsigned(uint32_t mine, int peer) {
+  unsigned v = 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{\n.reg .u32 at;\nmapa.shared::cluster.u32 at, %1, %2;\nld.shared::cluster.u32 %0, [at];\n}"
+               : "=r"(v) : "r"(mine), "r"(peer) : "memory");
+#endif
+  return v;
 }
 
 // A thread's share of a row. The next vectors are on their way while these are added up.
@@ -25,107 +44,119 @@ __device__ Running<T> running_sum(const T* x, int64_t cols, int thread, int thre
   constexpr int n = kPerVector<T>;
   const Span<T> span(cols, x);
   const uint4* vectors = reinterpret_cast<const uint4*>(x + span.head);
+  const int count = static_cast<int>(span.vectors);
   Running<T> r;
-  uint4 raw[kUnroll];
-  const auto load_next = [&](int64_t i) {
+  uint4 next[kUnroll];
+  const auto load_next = [&](int i) {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int64_t v = i + u * threads;
-      raw[u] = v < span.vectors ? __ldg(vectors + v) : minus_infinity<T>();
+      const int v = i + u * threads;
+      next[u] = v < count ? load_streaming(vectors + v) : minus_infinity<T>();
     }
   };
   load_next(thread);
-  for (int64_t i = thread; i < span.vectors; i += kUnroll * threads) {
-    float f[kUnroll * n];
+  for (int i = thread; i < count; i += kUnroll * threads) {
+    uint4 raw[kUnroll];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) unpack<T>(raw[u], *reinterpret_cast<float(*)[n]>(f + u * n));
-    load_next(i + kUnroll * threads);
-    r.add(f);
+    for (int u = 0; u < kUnroll; ++u) raw[u] = next[u];
+    if (i + kUnroll * threads < count) load_next(i + kUnroll * threads);
+    r.add(raw);
   }
   const int64_t singles = cols - span.vectors * n;
   for (int64_t i = thread; i < singles; i += threads) {
-    float f[1];
-    load(x + (i < span.head ? i : i + span.vectors * n), f);
-    r.add(f);
+    r.add(to_float(x[i < span.head ? i : i + span.vectors * n]));
   }
   return r;
 }
 
-// One row per block, of up to 32 warps. Logits with +inf, NaN, or nothing but -inf make the loss NaN.
+// One row per block. Logits with +inf, NaN, or nothing but -inf make the loss NaN.
 template <class T>
 __global__ void __launch_bounds__(kMaxForwardThreads, 4)
     cross_entropy_fwd_kernel(const T* logits, const int64_t* targets, float* losses, float* maxima, float* sums,
                              int64_t cols, int64_t stride, int64_t ignore_index) {
+  constexpr float kUnit = Running<T>::kUnit;
   const int64_t row = blockIdx.x;
   const T* x = logits + row * stride;
-  __shared__ float4 parts[kMaxForwardThreads / 32];
-  int64_t target = 0;
-  float target_logit = 0.0f;
-  if (threadIdx.x == 0) {  // before the row, whose time hides theirs
-    target = targets[row];
-    if (target >= 0 && target < cols) target_logit = to_float(x[target]);
-  }
+  const int64_t target = targets[row];
   Running<T> total = running_sum(x, cols, threadIdx.x, blockDim.x);
   allow_next();
+  const bool valid = target >= 0 && target < cols;
+  const float target_logit = threadIdx.x == 0 && valid ? to_float(x[target]) : 0.0f;  // while the sums are put together
   total.reduce();
-  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = total.part();
-  __syncthreads();
-  if (threadIdx.x >= 32) return;
-  total.combine(parts, blockDim.x / 32);
+  if (blockDim.x > 32) total = Running<T>::template combine<kMaxDirectWarps>(exchange_parts(total.part()), blockDim.x / 32);
   if (threadIdx.x != 0) return;
-  maxima[row] = total.largest;
-  sums[row] = total.sum;
+  // The largest logit, and the sum below exactly that.
+  const float largest = kExact<T> ? total.largest : to_float(from_float<T>(total.largest / kUnit));
+  const float sum = kExact<T> ? total.sum : total.sum * exp2_approx(fmaf(-largest, kUnit, total.largest));
+  maxima[row] = largest;
+  sums[row] = sum;
   float loss = not_a_number();
   if (target == ignore_index) {
     loss = 0.0f;
-  } else if (target >= 0 && target < cols) {
-    loss = logf(total.sum) + (total.largest - target_logit);  // not lse - x: that rounds by the size of lse
+  } else if (valid) {
+    loss = logf(sum) + (largest - target_logit);  // not lse - x: that rounds by the size of lse
   }
   losses[row] = loss;
 }
 
-// Mean and count over the targets not ignored, by one block, so that the order of the sum is fixed.
+// Mean and count over the targets not ignored, by one cluster of blocks, so that the order of the sum is fixed.
 __global__ void __launch_bounds__(1024)
     mean_loss_kernel(const float* losses, const int64_t* targets, float* mean, float* count, int64_t rows,
                      int64_t ignore_index) {
-  constexpr int kAtOnce = 8;  // loads in flight: one block has little else to hide their latency
+  constexpr int kAtOnce = 4;  // loads in flight: there is little else to hide their latency
+  __shared__ double totals[32];
+  __shared__ unsigned counts[32];
   await_previous();
   double total = 0.0;
   unsigned n = 0;
-  for (int64_t i = threadIdx.x; i < rows; i += kAtOnce * blockDim.x) {
+  const int64_t threads = int64_t{gridDim.x} * blockDim.x;
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < rows; i += kAtOnce * threads) {
     float loss[kAtOnce];
-    bool counts[kAtOnce];
+    bool counts_in[kAtOnce];
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
-      const int64_t row = i + u * blockDim.x;
-      counts[u] = row < rows && targets[row] != ignore_index;
+      const int64_t row = i + u * threads;
+      counts_in[u] = row < rows && targets[row] != ignore_index;
       loss[u] = row < rows ? losses[row] : 0.0f;
     }
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
-      if (counts[u]) total += loss[u];
-      n += counts[u];
+      if (counts_in[u]) total += loss[u];
+      n += counts_in[u];
     }
   }
-  __shared__ double totals[32];
-  __shared__ unsigned counts[32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int stage = 0; stage < 2; ++stage) {  // over the warp, then over the warps
     for (int offset = 16; offset > 0; offset /= 2) {
       total += __shfl_xor_sync(0xffffffffu, total, offset);
       n += __shfl_xor_sync(0xffffffffu, n, offset);
     }
-    if (stage == 1) break;
-    if (lane == 0) {
-      totals[warp] = total;
-      counts[warp] = n;
+    if (stage == 0) {
+      if (lane == 0) {
+        totals[warp] = total;
+        counts[warp] = n;
+      }
+      __syncthreads();
+      total = totals[lane];
+      n = counts[lane];
+      __syncthreads();
     }
-    __syncthreads();
-    if (warp > 0) return;
-    total = totals[lane];
-    n = counts[lane];
   }
-  if (threadIdx.x == 0) {
+  if (gridDim.x > 1) {
+    if (threadIdx.x == 0) {
+      totals[0] = total;
+      counts[0] = n;
+    }
+    cluster_barrier();
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+      for (int peer = 1; peer < gridDim.x; ++peer) {
+        total += read_peer_double(shared_address(totals), peer);
+        n += read_peer_unsigned(shared_address(counts), peer);
+      }
+    }
+    cluster_barrier();  // peers stay until they have been read
+  }
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
     *mean = n > 0 ? static_cast<float>(total / n) : 0.0f;
     *count = static_cast<float>(n);
   }
@@ -188,7 +219,7 @@ int cross_entropy_fwd(const void* logits, const int64_t* targets, float* loss, f
       using T = typename decltype(type)::type;
       Launch l;
       l.grid = dim3(static_cast<unsigned>(rows));
-      l.block = dim3(row_threads(cols, sizeof(T), kMaxForwardThreads));
+      l.block = dim3(row_threads(cols, sizeof(T), 2 * kUnroll, kMaxForwardThreads));
       return launch(cross_entropy_fwd_kernel<T>, l, stream, static_cast<const T*>(logits), targets, loss, statistics,
                     statistics + rows, cols, logits_stride, ignore_index);
     });
@@ -196,7 +227,8 @@ int cross_entropy_fwd(const void* logits, const int64_t* targets, float* loss, f
   }
   Launch l;
   l.early = device.major >= 9;
-  l.grid = dim3(1);
+  l.cluster = device.major >= 9 && rows > 4096 ? 8 : 1;
+  l.grid = dim3(l.cluster);
   l.block = dim3(1024);
   return launch(mean_loss_kernel, l, stream, static_cast<const float*>(loss), targets, mean_loss, count, rows,
                 ignore_index);
@@ -210,7 +242,7 @@ int cross_entropy_bwd(const void* logits, const int64_t* targets, const float* s
     using T = typename decltype(type)::type;
     Launch l;
     l.grid = dim3(static_cast<unsigned>(rows));
-    l.block = dim3(row_threads(cols, sizeof(T), kMaxBackwardThreads));
+    l.block = dim3(row_threads(cols, sizeof(T), kUnroll, kMaxBackwardThreads));
     return launch(cross_entropy_bwd_kernel<T>, l, stream, static_cast<const T*>(logits), targets, statistics,
                   statistics + rows, grad, count, static_cast<T*>(dlogits), cols, logits_stride, ignore_index);
   });

@@ -8,6 +8,8 @@
 namespace llmfast::cuda {
 namespace {
 
+constexpr int kStreamVectors = 2, kStreamThreads = 1024;
+
 template <class T>
 struct Forward {
   const T* x;
@@ -16,6 +18,7 @@ struct Forward {
   float *mean, *rstd;  // mean: layer norm only
   int64_t rows, cols, x_stride;
   float eps, per_column;  // per_column: 1 / cols
+  bool same;              // weight and bias are there (for RMS norm, weight) and of dtype T
 };
 
 // What a warp, or all of a row's warps, know of the row. For RMS norm the sum of squares alone.
@@ -26,66 +29,66 @@ struct Moments {
   float count = 0.0f;
 };
 
+// Zeros past the row's end, where i >= owned. float32 is centred before it is squared, as its rounding shows; in a
+// 16-bit type it is enough to start from something near the mean, that of the warp's first vector: even if only that
+// were far off, it would widen the variance by as much as this loses.
 template <class T, int V, bool kRms>
 __device__ Moments warp_moments(uint4 (&raw)[V], int owned, float count) {
   constexpr int n = kPerVector<T>;
   Moments m;
   m.count = count;
-  float inverse = 0.0f;
+  const float inverse = count > 0.0f ? 1.0f / count : 0.0f;
+  float start = 0.0f;
   if constexpr (!kRms) {
-    inverse = count > 0.0f ? 1.0f / count : 0.0f;
-    float sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
+    for (int i = 0; i < (kExact<T> ? V : 1); ++i) {
       float x[n];
-      unpack<T>(raw[i], x);  // zeros past the end
+      unpack<T>(raw[i], x);
 #pragma unroll
-      for (int j = 0; j < n; ++j) sum += x[j];
+      for (int j = 0; j < n; ++j) start += x[j];
     }
-    keep_packed(raw);
-    m.near_mean = warp_reduce<Add>(sum) * inverse;
+    start = kExact<T> ? warp_reduce<Add>(start) * inverse : __shfl_sync(0xffffffffu, start, 0) * (1.0f / n);
   }
   float rest = 0.0f;
 #pragma unroll
   for (int i = 0; i < V; ++i) {
     float x[n];
     unpack<T>(raw[i], x);
-    const float centre = kRms || i >= owned ? 0.0f : m.near_mean;
+    const float from = i < owned ? start : 0.0f;
 #pragma unroll
     for (int j = 0; j < n; ++j) {
-      const float d = kRms ? x[j] : x[j] - centre;
-      if (!kRms && kExact<T>) rest += d;
+      const float d = kRms ? x[j] : x[j] - from;
+      if (!kRms) rest += d;
       m.squares += d * d;
     }
   }
   m.squares = warp_reduce<Add>(m.squares);
-  if constexpr (!kRms && kExact<T>) {
+  if constexpr (!kRms) {
+    m.near_mean = start;
     m.rest = warp_reduce<Add>(rest) * inverse;
-    m.squares = fmaxf(m.squares - m.rest * m.rest * count, 0.0f);
+    const float squares = m.squares - m.rest * m.rest * count;
+    m.squares = squares < 0.0f ? 0.0f : squares;  // not fmaxf, which would drop NaN
   }
   return m;
 }
 
 __device__ inline float4 as_part(const Moments& m) { return make_float4(m.near_mean, m.rest, m.squares, m.count); }
 
-// The whole of warps' parts, by the formula of Chan, Golub and LeVeque for merging variances.
-template <bool kRms>
-__device__ Moments combine_moments(const float4* parts, int n, float per_column) {
-  const int lane = threadIdx.x % 32;
+// The whole of n <= kMost parts, by the formula of Chan, Golub and LeVeque for merging variances. inverse: 1 over the sum
+// of their counts.
+template <bool kRms, int kMost>
+__device__ Moments combine_moments(const float4* parts, int n, float inverse) {
+  const int lane = threadIdx.x % kMost;
+  const float4 part = lane < n ? parts[lane] : float4{};
   Moments m;
+  float squares = part.z;
   if constexpr (!kRms) {
     m.near_mean = parts[0].x;
-#pragma unroll 1
-    for (int i = lane; i < n; i += 32) m.rest += ((parts[i].x - m.near_mean) + parts[i].y) * parts[i].w;
-    m.rest = warp_reduce<Add>(m.rest) * per_column;
+    const float apart = (part.x - m.near_mean) + part.y;
+    m.rest = warp_reduce<Add, kMost>(apart * part.w) * inverse;
+    squares += (apart - m.rest) * (apart - m.rest) * part.w;
   }
-#pragma unroll 1
-  for (int i = lane; i < n; i += 32) {
-    const float4 p = parts[i];
-    const float apart = kRms ? 0.0f : (p.x - m.near_mean) + p.y - m.rest;
-    m.squares += p.z + apart * apart * p.w;
-  }
-  m.squares = warp_reduce<Add>(m.squares);
+  m.squares = warp_reduce<Add, kMost>(squares);
   return m;
 }
 
@@ -100,31 +103,44 @@ __device__ float warp_count(int vectors) {
   return static_cast<float>(count * kPerVector<T>);
 }
 
-// The results of one vector. params: where the parameters of its columns lie in weight and bias.
-template <class T, bool kRms>
+// The results of one vector. params: where the parameters of its columns lie in weight and bias. kSame: there are all,
+// and of dtype T.
+template <class T, bool kRms, bool kSame>
 __device__ void normalize(const uint4& raw, const Moments& m, float rstd, const Param& weight, const Param& bias,
                           int params, T* y) {
   constexpr int n = kPerVector<T>;
+  const auto read = [&](const Param& p, float absent, float(&f)[n]) {
+    if constexpr (kSame) {
+      unpack<T>(*reinterpret_cast<const uint4*>(static_cast<const T*>(p.data) + params), f);
+    } else {
+      read_params(p, params, absent, f);
+    }
+  };
+  const float shift = -m.near_mean * rstd;
   float x[n], w[n];
   unpack<T>(raw, x);
-  read_params(weight, params, 1.0f, w);
+  read(weight, 1.0f, w);
 #pragma unroll
   for (int j = 0; j < n; ++j) {
-    if (!kRms) x[j] = kExact<T> ? (x[j] - m.near_mean) - m.rest : x[j] - m.near_mean;
-    x[j] *= rstd * w[j];
+    if constexpr (kExact<T>) {
+      w[j] *= (kRms ? x[j] : (x[j] - m.near_mean) - m.rest) * rstd;
+    } else {
+      w[j] *= kRms ? x[j] * rstd : fmaf(x[j], rstd, shift);
+    }
   }
   if constexpr (!kRms) {
-    read_params(bias, params, 0.0f, w);
+    read(bias, 0.0f, x);
 #pragma unroll
-    for (int j = 0; j < n; ++j) x[j] += w[j];
+    for (int j = 0; j < n; ++j) w[j] += x[j];
   }
-  store_streaming(y, pack<T>(x));
+  store<n>(y, w);
 }
 
 // Finishes the statistics; a 16-bit type is happy with the mean as one number.
 template <class T, bool kRms>
 __device__ float finish_moments(Moments& m, const Forward<T>& p, int64_t row, bool saves) {
-  const float rstd = 1.0f / sqrtf(m.squares * p.per_column + p.eps);
+  const float variance = m.squares * p.per_column + p.eps;
+  const float rstd = kExact<T> ? 1.0f / sqrtf(variance) : rsqrtf(variance);
   if (!kRms && !kExact<T>) m.near_mean += m.rest;
   if (saves) {
     if (!kRms) p.mean[row] = kExact<T> ? m.near_mean + m.rest : m.near_mean;
@@ -150,43 +166,35 @@ __global__ void __launch_bounds__(kMaxDirectThreads, 2) norm_fwd_kernel(Forward<
     owned += v < vectors;
   }
   Moments m = warp_moments<T, V, kRms>(raw, owned, warp_count<T, V>(vectors));
-  if (blockDim.x > 32) m = combine_moments<kRms>(exchange_parts(as_part(m)), blockDim.x / 32, p.per_column);
+  if (blockDim.x > 32) m = combine_moments<kRms, kMaxDirectWarps>(exchange_parts(as_part(m)), blockDim.x / 32, p.per_column);
   const float rstd = finish_moments<T, kRms>(m, p, row, threadIdx.x == 0);
   keep_packed(raw);
+  const auto finish = [&](auto same) {
 #pragma unroll
-  for (int i = 0; i < V; ++i) {
-    const int v = threadIdx.x + i * blockDim.x;
-    if (v < vectors) normalize<T, kRms>(raw[i], m, rstd, p.weight, p.bias, v * n, y + v * n);
-    __syncwarp();  // keeps the compiler from hoisting all vectors' parameters to the top, where they would not fit
-  }
-}
-
-// Copies the parameters of a block's slice into shared memory, in their own dtype: *p then lies there. 8 bytes at once,
-// as half a vector of float32 columns with 16-bit parameters takes no more. Returns where the next may lie.
-template <class T>
-__device__ uint4* hold_params(Param* p, uint4* to, int begin, int slice, int per_block) {
-  if (p->data == nullptr) return to;
-  const int bytes = kPerVector<T> * (p->dtype == DType::f32 ? 4 : 2);  // of the parameters of one vector
-  const uint2* from = reinterpret_cast<const uint2*>(static_cast<const char*>(p->data) + int64_t{begin} * bytes);
-#pragma unroll 4
-  for (int i = threadIdx.x; i < slice * bytes / 8; i += blockDim.x) reinterpret_cast<uint2*>(to)[i] = __ldg(from + i);
-  p->data = to;
-  return to + (per_block * bytes + 15) / 16;
+    for (int i = 0; i < V; ++i) {
+      const int v = threadIdx.x + i * blockDim.x;
+      if (v < vectors)
+        normalize<T, kRms, decltype(same)::value>(raw[i], m, rstd, p.weight, p.bias, v * n, y + v * n);
+      __syncwarp();  // keeps the compiler from hoisting all vectors' parameters to the top, where they would not fit
+    }
+  };
+  p.same ? finish(std::true_type()) : finish(std::false_type());
 }
 
 // Rows over clusters, see RowStream.
 template <class T, bool kRms>
-__global__ void __launch_bounds__(kMaxStreamThreads, 2) norm_fwd_stream_kernel(Forward<T> p, StreamShape shape) {
+__global__ void __launch_bounds__(kStreamThreads, 1) norm_fwd_stream_kernel(Forward<T> p, StreamShape shape) {
   extern __shared__ uint4 shared[];
   constexpr int n = kPerVector<T>, V = kStreamVectors;
   ClusterExchange exchange(shared, shape.cluster);
   uint4* ring = shared + exchange_bytes(blockDim.x, shape.cluster) / 16;
   uint4* params = ring + shape.stages * V * blockDim.x;
-  RowStream<T, 1, false> stream(shape, ring, {p.x}, {p.x_stride});
+  RowStream<T, V, 1, false> stream(shape, ring, {p.x}, {p.x_stride});
   const int slice = stream.end(shape.cols / n) - stream.begin;
   params = hold_params<T>(&p.weight, params, stream.begin, slice, shape.per_block);
   if (!kRms) hold_params<T>(&p.bias, params, stream.begin, slice, shape.per_block);
-  const float count = warp_count<T, V>(slice);
+  const float count = warp_count<T, V>(slice), slice_count = static_cast<float>(slice * n);
+  const float per_slice = 1.0f / slice_count;
   int owned = 0;
 #pragma unroll
   for (int i = 0; i < V; ++i) owned += static_cast<int>(threadIdx.x + i * blockDim.x) < slice;
@@ -196,19 +204,27 @@ __global__ void __launch_bounds__(kMaxStreamThreads, 2) norm_fwd_stream_kernel(F
         uint4 raw[V];
 #pragma unroll
         for (int i = 0; i < V; ++i) raw[i] = i < owned ? *stream.slot(stage, 0, i) : uint4{};
-        exchange.post(as_part(warp_moments<T, V, kRms>(raw, owned, count)));
+        exchange.post(as_part(warp_moments<T, V, kRms>(raw, owned, count)), [&](const float4* parts, int warps) {
+          Moments m = combine_moments<kRms, 32>(parts, warps, per_slice);
+          m.count = slice_count;
+          return as_part(m);
+        });
       },
       [&](int stage, int row) {
-        Moments m = combine_moments<kRms>(exchange.collect(), exchange.parts, p.per_column);
+        Moments m = combine_moments<kRms, kMaxCluster>(exchange.collect(), shape.cluster, p.per_column);
         const float rstd = finish_moments<T, kRms>(m, p, row, threadIdx.x == 0 && exchange.rank == 0);
         T* y = p.y + static_cast<int64_t>(row) * p.cols;
+        const auto finish = [&](auto same) {
 #pragma unroll
-        for (int i = 0; i < V; ++i) {
-          const int v = threadIdx.x + i * blockDim.x;
-          T* to = y + stream.vector_index(i) * n;
-          if (i < owned) normalize<T, kRms>(*stream.slot(stage, 0, i), m, rstd, p.weight, p.bias, v * n, to);
-          __syncwarp();
-        }
+          for (int i = 0; i < V; ++i) {
+            const int v = threadIdx.x + i * blockDim.x;
+            T* to = y + stream.vector_index(i) * n;
+            if (i < owned)
+              normalize<T, kRms, decltype(same)::value>(*stream.slot(stage, 0, i), m, rstd, p.weight, p.bias, v * n, to);
+            __syncwarp();
+          }
+        };
+        p.same ? finish(std::true_type()) : finish(std::false_type());
       });
 }
 
@@ -265,6 +281,8 @@ __global__ void __launch_bounds__(512) norm_fwd_loop_kernel(Forward<T> p, bool r
   });
 }
 
+bool is_dtype(const Param& p, DType dtype) { return p.data != nullptr && p.dtype == dtype; }
+
 template <bool kRms, class T>
 int norm_fwd(const Forward<T>& p, void* stream) {
   if (p.rows == 0) return 0;
@@ -274,15 +292,14 @@ int norm_fwd(const Forward<T>& p, void* stream) {
   const bool whole = whole_vectors(p.x, p.x_stride, p.rows, p.cols * sizeof(T), sizeof(T)) && aligned16(p.y) &&
                      aligned16(p.weight.data) && aligned16(p.bias.data);
   if (const DirectPlan plan = plan_direct(p.rows, vectors, false); whole && plan.vectors_per_thread > 0) {
-    return dispatch_vectors(plan.vectors_per_thread, [&](auto v) {
+    return dispatch_direct(plan.vectors_per_thread, [&](auto v) {
       return launch(norm_fwd_kernel<T, decltype(v)::value, kRms>, plan.launch, stream, p);
     });
   }
-  const auto param_bytes = [](const Param& param) {
-    return param.data == nullptr ? 0 : kPerVector<T> * (param.dtype == DType::f32 ? 4 : 2);
-  };
   StreamPlan plan;
-  if (whole) plan = plan_stream(device, {p.rows, p.cols, vectors, 1, param_bytes(p.weight) + param_bytes(p.bias)});
+  if (whole)
+    plan = plan_stream(device, {p.rows, p.cols, vectors, 1, kStreamVectors, kStreamThreads,
+                                param_bytes<T>(p.weight) + param_bytes<T>(p.bias)});
   if (plan.shape.cluster == 0) {
     const LoopPlan loop = plan_loop(p.rows, p.cols);
     return launch(norm_fwd_loop_kernel<T, kRms>, loop.launch, stream, p, loop.row_per_warp);
@@ -299,7 +316,8 @@ int layer_norm_fwd(const void* x, Param weight, Param bias, void* y, float* mean
   return dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const Forward<T> p{static_cast<const T*>(x), weight, bias, static_cast<T*>(y), mean, rstd, rows, cols, x_stride,
-                       eps, 1.0f / static_cast<float>(cols)};
+                       eps, 1.0f / static_cast<float>(cols),
+                       is_dtype(weight, dtype) && is_dtype(bias, dtype)};
     return norm_fwd<false>(p, stream);
   });
 }
@@ -309,7 +327,7 @@ int rms_norm_fwd(const void* x, Param weight, void* y, float* rstd, int64_t rows
   return dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const Forward<T> p{static_cast<const T*>(x), weight, Param(), static_cast<T*>(y), nullptr, rstd, rows, cols,
-                       x_stride, eps, 1.0f / static_cast<float>(cols)};
+                       x_stride, eps, 1.0f / static_cast<float>(cols), is_dtype(weight, dtype)};
     return norm_fwd<true>(p, stream);
   });
 }

@@ -96,17 +96,16 @@ RowPlan plan_rows(const Device& device, const RowNeeds& needs) {
 
 StreamPlan plan_stream(const Device& device, const StreamNeeds& needs) {
   StreamPlan plan;
-  const int most = kStreamVectors * kMaxStreamThreads;
-  if (device.major < 9 || needs.vectors == 0 || needs.rows > kMaxRows || needs.vectors > int64_t{8} * most) return plan;
-  // Half-size slices where parameters take shared memory, too, and clusters allow: two blocks then fit.
-  const int preferred = needs.param_bytes > 0 ? most / 2 : most;
+  const int most = needs.vectors_per_thread * needs.max_threads;
+  if (device.major < 9 || needs.vectors == 0 || needs.rows > kMaxRows || needs.vectors > int64_t{kMaxCluster} * most)
+    return plan;
   int cluster = 2;
-  while (cluster < 8 && ceil_div(needs.vectors, cluster) > preferred) cluster *= 2;
+  while (ceil_div(needs.vectors, cluster) > most) cluster *= 2;
   const int per_block = static_cast<int>(ceil_div(needs.vectors, cluster));
-  const int threads = group_threads(per_block, kStreamVectors);
-  const int64_t fixed = needs.param_bytes * per_block + exchange_bytes(threads, cluster);
-  for (int stages : {3, 2}) {
-    const int64_t smem = fixed + int64_t{16} * stages * needs.inputs * kStreamVectors * threads;
+  const int threads = group_threads(per_block, needs.vectors_per_thread);
+  const int64_t fixed = needs.param_bytes * per_block + 32 + exchange_bytes(threads, cluster);
+  for (int stages : {4, 3, 2}) {
+    const int64_t smem = fixed + int64_t{16} * stages * needs.inputs * needs.vectors_per_thread * threads;
     if (smem > device.max_smem) continue;
     plan.shape = {static_cast<int>(needs.rows), static_cast<int>(needs.cols), per_block, cluster, stages};
     plan.launch.block = dim3(threads);

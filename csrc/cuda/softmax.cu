@@ -7,7 +7,8 @@
 namespace llmfast::cuda {
 namespace {
 
-constexpr int kBackwardThreads = 256;  // of a block that holds a row; each thread needs registers for two inputs
+constexpr int kStreamVectors = 4;  // of each input a thread, see RowStream
+constexpr int kForwardThreads = 1024, kBackwardThreads = 512;
 
 // What the backward sums: over the elements of one vector that are of the row.
 template <class T, bool kRagged>
@@ -37,18 +38,6 @@ __device__ void store_gradient(T* dx, const Cover<T, kRagged>& cover, int v, con
   cover.store(dx, v, y);
 }
 
-// Elements of V vectors, -inf where not of the row, in one array.
-template <class T, int V, bool kRagged>
-__device__ void unpack_all(const uint4 (&raw)[V], const Cover<T, kRagged>& cover, float (&f)[V * kPerVector<T>]) {
-  constexpr int n = kPerVector<T>;
-#pragma unroll
-  for (int i = 0; i < V; ++i) {
-    float(&part)[n] = *reinterpret_cast<float(*)[n]>(f + i * n);
-    unpack<T>(raw[i], part);
-    cover.mask(threadIdx.x + i * blockDim.x, part, Max::identity);
-  }
-}
-
 template <class T, int V, bool kRagged>
 __global__ void __launch_bounds__(kMaxDirectThreads, 2)
     softmax_fwd_kernel(const T* x, T* y, int rows, int cols, int64_t x_stride) {
@@ -64,35 +53,78 @@ __global__ void __launch_bounds__(kMaxDirectThreads, 2)
     const int v = threadIdx.x + i * blockDim.x;
     raw[i] = v < cover.vectors ? load_streaming(cover.at(x, v)) : uint4{};
   }
-  float f[V * n];
-  unpack_all<T>(raw, cover, f);
+#pragma unroll
+  for (int i = 0; i < V; ++i) raw[i] = cover.masked(threadIdx.x + i * blockDim.x, raw[i]);
   Running<T> total;
-  total.add(f);
+  total.add(raw);
   total.reduce();
-  if (blockDim.x > 32) total.combine(exchange_parts(total.part()), blockDim.x / 32);
+  if (blockDim.x > 32) total = Running<T>::template combine<kMaxDirectWarps>(exchange_parts(total.part()), blockDim.x / 32);
   const Normalizer<T> normalized(total);
   keep_packed(raw);
 #pragma unroll
   for (int i = 0; i < V; ++i) {
     const int v = threadIdx.x + i * blockDim.x;
-    if (v >= cover.vectors) break;
     float e[n];
     unpack<T>(raw[i], e);
 #pragma unroll
     for (int j = 0; j < n; ++j) e[j] = normalized(e[j]);
-    cover.store(y, v, e);
+    if (v < cover.vectors) cover.store(y, v, e);
   }
 }
 
-template <class T, int V, bool kRagged>
-__global__ void __launch_bounds__(kBackwardThreads, kRagged ? 2 : 3)
-    softmax_bwd_kernel(const T* dy, const T* y, T* dx, int rows, int cols, int64_t dy_stride, int64_t y_stride) {
+template <class T, int V>
+__global__ void __launch_bounds__(kBackwardThreads, 1)
+    softmax_bwd_kernel(const T* dy_rows, const T* y_rows, T* dx_rows, int64_t cols, int64_t dy_stride,
+                       int64_t y_stride, RowShape shape) {
+  extern __shared__ uint4 shared[];
+  constexpr int n = kPerVector<T>;
+  uint4* ring = shared;
+  Group group(reinterpret_cast<float*>(ring + blockDim.y * shape.stages * 2 * V * blockDim.x), shape.cluster);
+  RowTile<T, V, 2> tile(shape, group, ring, {dy_rows, y_rows}, {dy_stride, y_stride});
+  group.start();
+  for (; tile.more(); tile.advance()) {
+    uint4 in[2][V];
+    tile.acquire();
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      in[0][i] = tile.vector(0, i);
+      in[1][i] = tile.vector(1, i);
+    }
+    tile.release();
+    float dot = 0.0f;
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      float dy[n], y[n];
+      unpack<T>(in[0][i], dy);
+      unpack<T>(in[1][i], y);
+#pragma unroll
+      for (int j = 0; j < n; ++j) dot += dy[j] * y[j];
+    }
+    dot = group.all_reduce<Add>(dot);
+    T* dx = dx_rows + static_cast<int64_t>(tile.row) * cols;
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      float dy[n], y[n];
+      unpack<T>(in[0][i], dy);
+      unpack<T>(in[1][i], y);
+#pragma unroll
+      for (int j = 0; j < n; ++j) y[j] *= dy[j] - dot;
+      if (i < tile.owned) store<n>(dx + tile.column(i), y);
+    }
+  }
+}
+
+// Ragged rows, each read once into registers.
+template <class T>
+__global__ void __launch_bounds__(kBackwardThreads)
+    softmax_bwd_ragged_kernel(const T* dy, const T* y, T* dx, int rows, int cols, int64_t dy_stride, int64_t y_stride) {
+  constexpr int V = 4;
   const int64_t row = direct_row();
   if (row >= rows) return;
   dy += row * dy_stride;
   y += row * y_stride;
   dx += row * cols;
-  const Cover<T, kRagged> cover(dy, cols);
+  const Cover<T, true> cover(dy, cols);
   uint4 in[2][V];
 #pragma unroll
   for (int i = 0; i < V; ++i) {
@@ -107,7 +139,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kRagged ? 2 : 3)
     __syncwarp();  // keeps the compiler from unpacking all at once
   }
   dot = warp_reduce<Add>(dot);
-  if (blockDim.x > 32) dot = sum_parts(exchange_parts(make_float4(dot, 0.0f, 0.0f, 0.0f)), blockDim.x / 32);
+  if (blockDim.x > 32) dot = sum_parts<kMaxDirectWarps>(exchange_parts(make_float4(dot, 0.0f, 0.0f, 0.0f)), blockDim.x / 32).x;
   keep_packed(in[0]);
   keep_packed(in[1]);
 #pragma unroll
@@ -120,37 +152,35 @@ __global__ void __launch_bounds__(kBackwardThreads, kRagged ? 2 : 3)
 
 // Rows over clusters, see RowStream.
 template <class T, bool kRagged>
-__global__ void __launch_bounds__(kMaxStreamThreads, 2)
+__global__ void __launch_bounds__(kForwardThreads, 1)
     softmax_fwd_stream_kernel(const T* x_rows, T* y_rows, int64_t x_stride, StreamShape shape) {
   extern __shared__ uint4 shared[];
   constexpr int n = kPerVector<T>, V = kStreamVectors;
   ClusterExchange exchange(shared, shape.cluster);
-  RowStream<T, 1, kRagged> stream(shape, shared + exchange_bytes(blockDim.x, shape.cluster) / 16, {x_rows}, {x_stride});
+  RowStream<T, V, 1, kRagged> stream(shape, shared + exchange_bytes(blockDim.x, shape.cluster) / 16, {x_rows},
+                                     {x_stride});
   exchange.start();
   stream.walk(
       [&](int stage, int row) {
         const Cover<T, kRagged> cover(x_rows + row * x_stride, shape.cols);
         const int stop = stream.end(cover.vectors);
-        float f[V * n];
+        uint4 raw[V];
 #pragma unroll
         for (int i = 0; i < V; ++i) {
-          float(&part)[n] = *reinterpret_cast<float(*)[n]>(f + i * n);
-          const bool inside = stream.vector_index(i) < stop;
-          unpack<T>(inside ? *stream.slot(stage, 0, i) : minus_infinity<T>(), part);
-          if (inside) cover.mask(stream.vector_index(i), part, Max::identity);
+          const int v = stream.vector_index(i);
+          raw[i] = v < stop ? cover.masked(v, *stream.slot(stage, 0, i)) : minus_infinity<T>();
         }
         Running<T> total;
-        total.add(f);
+        total.add(raw);
         total.reduce();
-        exchange.post(total.part());
+        exchange.post(total.part(),
+                      [](const float4* parts, int warps) { return Running<T>::template combine<32>(parts, warps).part(); });
       },
       [&](int stage, int row) {
         const Cover<T, kRagged> cover(x_rows + row * x_stride, shape.cols);
         const int stop = stream.end(cover.vectors);
         T* y = y_rows + static_cast<int64_t>(row) * shape.cols;
-        Running<T> total;
-        total.combine(exchange.collect(), exchange.parts);
-        const Normalizer<T> normalized(total);
+        const Normalizer<T> normalized(Running<T>::template combine<kMaxCluster>(exchange.collect(), shape.cluster));
 #pragma unroll
         for (int i = 0; i < V; ++i) {
           if (stream.vector_index(i) >= stop) break;
@@ -164,13 +194,14 @@ __global__ void __launch_bounds__(kMaxStreamThreads, 2)
 }
 
 template <class T, bool kRagged>
-__global__ void __launch_bounds__(kMaxStreamThreads, 1)
+__global__ void __launch_bounds__(kBackwardThreads, 1)
     softmax_bwd_stream_kernel(const T* dy_rows, const T* y_rows, T* dx_rows, int64_t dy_stride, int64_t y_stride,
                               StreamShape shape) {
   extern __shared__ uint4 shared[];
+  constexpr int V = kStreamVectors;
   ClusterExchange exchange(shared, shape.cluster);
-  RowStream<T, 2, kRagged> stream(shape, shared + exchange_bytes(blockDim.x, shape.cluster) / 16, {dy_rows, y_rows},
-                         {dy_stride, y_stride});
+  RowStream<T, V, 2, kRagged> stream(shape, shared + exchange_bytes(blockDim.x, shape.cluster) / 16,
+                                     {dy_rows, y_rows}, {dy_stride, y_stride});
   exchange.start();
   stream.walk(
       [&](int stage, int row) {
@@ -178,19 +209,21 @@ __global__ void __launch_bounds__(kMaxStreamThreads, 1)
         const int stop = stream.end(cover.vectors);
         float dot = 0.0f;
 #pragma unroll
-        for (int i = 0; i < kStreamVectors; ++i) {
+        for (int i = 0; i < V; ++i) {
           if (stream.vector_index(i) >= stop) break;
           dot += masked_dot(*stream.slot(stage, 0, i), *stream.slot(stage, 1, i), cover, stream.vector_index(i));
         }
-        exchange.post(make_float4(warp_reduce<Add>(dot), 0.0f, 0.0f, 0.0f));
+        exchange.post(make_float4(warp_reduce<Add>(dot), 0.0f, 0.0f, 0.0f), [](const float4* parts, int warps) {
+          return make_float4(sum_parts<32>(parts, warps).x, 0.0f, 0.0f, 0.0f);
+        });
       },
       [&](int stage, int row) {
         const Cover<T, kRagged> cover(dy_rows + row * dy_stride, shape.cols);
         const int stop = stream.end(cover.vectors);
         T* dx = dx_rows + static_cast<int64_t>(row) * shape.cols;
-        const float dot = sum_parts(exchange.collect(), exchange.parts);
+        const float dot = sum_parts<kMaxCluster>(exchange.collect(), shape.cluster).x;
 #pragma unroll
-        for (int i = 0; i < kStreamVectors; ++i) {
+        for (int i = 0; i < V; ++i) {
           if (stream.vector_index(i) >= stop) break;
           store_gradient(dx, cover, stream.vector_index(i), *stream.slot(stage, 0, i), *stream.slot(stage, 1, i), dot);
         }
@@ -285,13 +318,6 @@ Layout row_layout(int64_t rows, int64_t cols, const void* first, int64_t stride,
   return layout;
 }
 
-// f(V, ragged) for a row in registers: ragged ones have 4 vectors a thread.
-template <class F>
-int dispatch_direct(const DirectPlan& plan, bool ragged, F&& f) {
-  if (ragged) return f(std::integral_constant<int, 4>(), std::true_type());
-  return dispatch_vectors(plan.vectors_per_thread, [&](auto v) { return f(v, std::false_type()); });
-}
-
 }  // namespace
 
 int softmax_fwd(const void* x, void* y, int64_t rows, int64_t cols, int64_t x_stride, DType dtype, void* stream) {
@@ -305,12 +331,14 @@ int softmax_fwd(const void* x, void* y, int64_t rows, int64_t cols, int64_t x_st
     const Layout layout = row_layout<T>(rows, cols, x, x_stride, x, x_stride, y);
     const DirectPlan direct = plan_direct(rows, layout.vectors, layout.ragged);
     if (direct.vectors_per_thread > 0) {
-      return dispatch_direct(direct, layout.ragged, [&](auto v, auto ragged) {
-        return launch(softmax_fwd_kernel<T, decltype(v)::value, decltype(ragged)::value>, direct.launch, stream, in,
-                      out, static_cast<int>(rows), static_cast<int>(cols), x_stride);
-      });
+      const auto go = [&](auto kernel) {
+        return launch(kernel, direct.launch, stream, in, out, static_cast<int>(rows), static_cast<int>(cols), x_stride);
+      };
+      if (layout.ragged) return go(softmax_fwd_kernel<T, 8, true>);
+      return dispatch_direct(direct.vectors_per_thread,
+                             [&](auto v) { return go(softmax_fwd_kernel<T, decltype(v)::value, false>); });
     }
-    StreamPlan plan = plan_stream(device, {rows, cols, layout.vectors, 1, 0});
+    StreamPlan plan = plan_stream(device, {rows, cols, layout.vectors, 1, kStreamVectors, kForwardThreads, 0});
     if (plan.shape.cluster == 0) {
       const LoopPlan loop = plan_loop(rows, cols);
       return launch(softmax_fwd_loop_kernel<T>, loop.launch, stream, in, out, rows, cols, x_stride, loop.row_per_warp);
@@ -331,14 +359,22 @@ int softmax_bwd(const void* dy, const void* y, void* dx, int64_t rows, int64_t c
     const T *grad = static_cast<const T*>(dy), *in = static_cast<const T*>(y);
     T* out = static_cast<T*>(dx);
     const Layout layout = row_layout<T>(rows, cols, dy, dy_stride, y, y_stride, dx);
-    const DirectPlan direct = plan_direct(rows, layout.vectors, layout.ragged, kBackwardThreads);
-    if (direct.vectors_per_thread > 0) {
-      return dispatch_direct(direct, layout.ragged, [&](auto v, auto ragged) {
-        return launch(softmax_bwd_kernel<T, decltype(v)::value, decltype(ragged)::value>, direct.launch, stream, grad,
-                      in, out, static_cast<int>(rows), static_cast<int>(cols), dy_stride, y_stride);
-      });
+    if (layout.ragged) {
+      const DirectPlan direct = plan_direct(rows, layout.vectors, true, 4, kBackwardThreads);
+      if (direct.vectors_per_thread > 0)
+        return launch(softmax_bwd_ragged_kernel<T>, direct.launch, stream, grad, in, out, static_cast<int>(rows),
+                      static_cast<int>(cols), dy_stride, y_stride);
+    } else if (layout.vectors > 0 && layout.vectors <= 4 * kBackwardThreads) {
+      RowPlan tile = plan_rows(device, {rows, cols, sizeof(T), 2, 0, kBackwardThreads});
+      if (tile.vectors_per_thread > 0) {
+        return dispatch_vectors(tile.vectors_per_thread, [&](auto v) {
+          const auto kernel = softmax_bwd_kernel<T, decltype(v)::value>;
+          if (int e = fill_grid(reinterpret_cast<const void*>(kernel), device, &tile)) return e;
+          return launch(kernel, tile.launch, stream, grad, in, out, cols, dy_stride, y_stride, tile.shape);
+        });
+      }
     }
-    StreamPlan plan = plan_stream(device, {rows, cols, layout.vectors, 2, 0});
+    StreamPlan plan = plan_stream(device, {rows, cols, layout.vectors, 2, kStreamVectors, kBackwardThreads, 0});
     if (plan.shape.cluster == 0) {
       const LoopPlan loop = plan_loop(rows, cols);
       return launch(softmax_bwd_loop_kernel<T>, loop.launch, stream, grad, in, out, rows, cols, dy_stride, y_stride,

@@ -91,7 +91,8 @@ def test_precedence(
     if variable is not None:
         monkeypatch.setenv("LLMFAST_BACKEND", variable)
     if expected == "auto":
-        expected = registry.chosen("softmax", (torch.randn(2, 8, device=device),)) if device == "cuda" else "cpp"
+        with ops.use_backend("auto"):
+            expected = registry.chosen("softmax", (torch.randn(2, 8, device=device),))
     if block is None:
         assert softmax_runs(device, argument) == expected
     else:
@@ -294,10 +295,10 @@ def test_explain_names_every_backend_and_its_reason(op: str, monkeypatch: pytest
     for row, reason in zip(BACKENDS[op], refused, strict=True):
         interpreted = row.name == "triton" and importlib.util.find_spec("triton")
         assert ("no float64 kernel" if row in here or interpreted else "runs on ") in reason
-    if here:
-        said = dict(zip(names, explained(torch.float32), strict=True))
-        assert [name for name, reason in said.items() if reason.startswith("chosen by auto")] == [here[0].name]
-        assert said["reference"] == "can run"
+    said = dict(zip(names, explained(torch.float32), strict=True))
+    taken = [name for name, reason in said.items() if reason.startswith("chosen by auto")]
+    able = [row.name for row in here if said[row.name] in ("can run", "chosen by auto")]
+    assert len(taken) == 1 and taken[0] in (able or ["reference"])
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if device == "cpu" and op in WITH_TRITON:
         assert "runs on cuda, not on cpu" in explained(torch.float32)[0]

@@ -39,14 +39,14 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def prepare(case: Case, benchmark: Any, direction: str) -> list[torch.Tensor]:
+def prepare(case: Case, device: str, benchmark: Any, direction: str) -> list[torch.Tensor]:
     benchmark.group = f"{case.op} {case.label} {direction}"
-    return make_inputs(case, "cuda" if CUDA else "cpu", torch.bfloat16 if CUDA else torch.float32)
+    return make_inputs(case, device, torch.bfloat16 if CUDA else torch.float32)
 
 
 @EACH
-def test_forward(case: Case, backend: str, benchmark: Any) -> None:
-    inputs = prepare(case, benchmark, "forward")
+def test_forward(case: Case, backend: str, device: str, benchmark: Any) -> None:
+    inputs = prepare(case, device, benchmark, "forward")
 
     def forward() -> torch.Tensor:
         with torch.no_grad():
@@ -58,8 +58,8 @@ def test_forward(case: Case, backend: str, benchmark: Any) -> None:
 
 
 @EACH
-def test_backward(case: Case, backend: str, benchmark: Any) -> None:
-    inputs = prepare(case, benchmark, "backward")
+def test_backward(case: Case, backend: str, device: str, benchmark: Any) -> None:
+    inputs = prepare(case, device, benchmark, "backward")
     out = case.ours(*inputs, backend=backend)
     grad = torch.randn_like(out)
 
