@@ -5,11 +5,19 @@ import torch
 from torch import Tensor
 
 from llmfast import ops
+from llmfast.ops.registry import BACKENDS
 from llmfast.testing.accuracy import compare
-from llmfast.testing.cases import AttentionCase, RowCase, make_inputs
+from llmfast.testing.cases import AttentionCase, CrossEntropyCase, RowCase, make_inputs
 
 pytestmark = pytest.mark.gpu
 TRITON = "triton"
+# Every op over rows, on every backend that runs on a GPU.
+ROW_OPS = [(op, row.name) for op in BACKENDS for row in BACKENDS[op] if "cuda" in row.devices and op != "attention"]
+EACH_ROW_OP = pytest.mark.parametrize(("op", "backend"), ROW_OPS)
+
+
+def row_case(op: str, rows: int, cols: int) -> RowCase | CrossEntropyCase:
+    return CrossEntropyCase(rows, cols) if op == "cross_entropy" else RowCase(op, rows, cols)
 
 
 def far_apart(t: Tensor, gap: int) -> Tensor:
@@ -20,24 +28,44 @@ def far_apart(t: Tensor, gap: int) -> Tensor:
     return view
 
 
-@pytest.mark.parametrize("op", ["softmax", "layer_norm"])
-def test_rows_beyond_2_31_elements(op: str) -> None:
-    case = RowCase(op, 3, 1000)
-    inputs = make_inputs(case, "cuda", torch.bfloat16)
+@EACH_ROW_OP
+def test_rows_beyond_2_31_elements(op: str, backend: str, device: str) -> None:
+    case = row_case(op, 3, 1000)
+    inputs = make_inputs(case, device, torch.bfloat16)
     spread = [far_apart(inputs[0].detach(), 2**30 + 2**29 + 16).requires_grad_(), *inputs[1:]]
-    grad = far_apart(torch.randn(3, 1000, device="cuda").bfloat16(), 2**30 + 2**29 + 16)
-    comparisons = compare(case, spread, grad, TRITON)
+    grad = torch.randn(case.output, device=device).bfloat16()
+    comparisons = compare(case, spread, far_apart(grad, 2**30 + 2**29 + 16) if grad.dim() else grad, backend)
     assert all(c.ok for c in comparisons), comparisons
 
 
-def test_many_rows_beyond_2_31_elements() -> None:
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_many_rows_beyond_2_31_elements(backend: str, device: str) -> None:
     """A contiguous tensor of 2^31 + 2^20 elements: its last rows against the same rows alone."""
-    x = torch.randn(2**19 + 256, 4096, device="cuda", dtype=torch.bfloat16)
-    w = torch.randn(4096, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(2**19 + 256, 4096, device=device, dtype=torch.bfloat16)
+    w = torch.randn(4096, device=device, dtype=torch.bfloat16)
     assert x.numel() > 2**31
     tail = x[-7:].clone()
-    assert torch.equal(ops.softmax(x, backend=TRITON)[-7:], ops.softmax(tail, backend=TRITON))
-    assert torch.equal(ops.layer_norm(x, w, w, backend=TRITON)[-7:], ops.layer_norm(tail, w, w, backend=TRITON))
+    assert torch.equal(ops.softmax(x, backend=backend)[-7:], ops.softmax(tail, backend=backend))
+    assert torch.equal(ops.layer_norm(x, w, w, backend=backend)[-7:], ops.layer_norm(tail, w, w, backend=backend))
+
+
+@EACH_ROW_OP
+@pytest.mark.parametrize("cols", [768, 5000, 131072])
+def test_rows_repeat_bitwise(op: str, cols: int, backend: str, device: str) -> None:
+    """100 repeats, forward and every gradient, while other work keeps the card busy."""
+    case = row_case(op, 700, cols)
+    inputs = make_inputs(case, device, torch.bfloat16)
+    grad = torch.randn(case.output, device=device)
+
+    def once() -> list[Tensor]:
+        out = case.ours(*inputs, backend=backend)
+        return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
+
+    first, different = once(), torch.zeros((), dtype=torch.int64, device=device)
+    for _ in range(100):
+        for a, b in zip(first, once(), strict=True):
+            different += (a != b).sum()
+    assert int(different) == 0
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -99,29 +127,35 @@ def test_attention_long(case: AttentionCase, dtype: torch.dtype) -> None:
     assert all(c.ok for c in comparisons), comparisons
 
 
-@pytest.mark.parametrize("cols", [768, 4096, 8192, 9000, 16384, 32768, 50304, 131072])
-@pytest.mark.parametrize("op", ["softmax", "layer_norm"])
+@EACH_ROW_OP
+@pytest.mark.parametrize("cols", [768, 4096, 8192, 9000, 16384, 32768, 50257, 50304, 65536, 131072, 140000])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_rows_long(op: str, cols: int, dtype: torch.dtype) -> None:
-    case = RowCase(op, 517, cols)
-    inputs = make_inputs(case, "cuda", dtype)
-    comparisons = compare(case, inputs, torch.randn(517, cols, device="cuda").to(dtype), TRITON)
+def test_rows_long(op: str, cols: int, backend: str, dtype: torch.dtype, device: str) -> None:
+    case = row_case(op, 517, cols)
+    inputs = make_inputs(case, device, dtype)
+    comparisons = compare(case, inputs, torch.randn(case.output, device=device).to(dtype), backend)
     assert all(c.ok for c in comparisons), comparisons
 
 
-@pytest.mark.parametrize("case", [
-    RowCase("softmax", 64, 1000),
-    RowCase("layer_norm", 64, 1000),
-    AttentionCase(2, 100, 100, 4, 2, 64, True),
-], ids=lambda c: c.op)  # fmt: skip
-def test_cuda_graph_and_side_stream(case: RowCase | AttentionCase) -> None:
+GRAPHED = [
+    *((row_case(op, 64, cols), backend) for op, backend in ROW_OPS for cols in (1000, 70_000)),
+    (AttentionCase(2, 100, 100, 4, 2, 64, True), TRITON),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "backend"), [pytest.param(c, b, id=f"{c.op}-{c.label.replace(' ', '-')}-{b}") for c, b in GRAPHED]
+)
+def test_cuda_graph_and_side_stream(
+    case: RowCase | CrossEntropyCase | AttentionCase, backend: str, device: str
+) -> None:
     """Forward and backward, captured on another stream, replay to the eager result on new values: no host reads."""
-    inputs = make_inputs(case, "cuda", torch.bfloat16)
-    grad = torch.randn(next(iter(case.inputs.values())), device="cuda").bfloat16()
+    inputs = make_inputs(case, device, torch.bfloat16)
+    grad = torch.randn(case.output, device=device)
 
     def once() -> list[Tensor]:
-        out = case.ours(*inputs, backend=TRITON)
-        return [out, *torch.autograd.grad(out, inputs, grad)]
+        out = case.ours(*inputs, backend=backend)
+        return [out, *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

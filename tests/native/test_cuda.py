@@ -1,0 +1,106 @@
+"""What only a GPU shows of the CUDA ops: opcheck, refusals, targets out of range, leaks, and torch.compile."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmfast import ops
+from llmfast.errors import BackendError
+from llmfast.native import library
+from llmfast.testing.cases import CrossEntropyCase, RowCase, make_inputs
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def built() -> None:
+    try:
+        library.load("cuda")
+    except BackendError as error:
+        pytest.skip(str(error))
+
+
+def good(dtype: torch.dtype) -> dict[str, list[object]]:
+    """Right arguments of every CUDA op, by name."""
+
+    def t(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, device="cuda").to(dtype)
+
+    f32 = torch.float32
+    row, stats, targets = t(6, dtype=f32), t(4, dtype=f32), torch.tensor([0, 5, -100, 2], device="cuda")
+    return {
+        "softmax_fwd": [t(4, 6)],
+        "softmax_bwd": [t(4, 6), t(4, 6)],
+        "layer_norm_fwd": [t(4, 6), row, row, 1e-5],
+        "layer_norm_bwd": [t(4, 6), t(4, 6), row, stats, stats],
+        "rms_norm_fwd": [t(4, 6), row, 1e-6],
+        "rms_norm_bwd": [t(4, 6), t(4, 6), row, stats],
+        "bias_gelu_fwd": [t(4, 6), row, True],
+        "bias_gelu_bwd": [t(4, 6), t(4, 6), row, False],
+        "cross_entropy_fwd": [t(4, 6), targets, -100],
+        "cross_entropy_bwd": [t(dtype=f32), t(4, 6), targets, t(2, 4, dtype=f32), t(dtype=f32), -100],
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", list(good(torch.float32)) if torch.cuda.is_available() else [])
+def test_opcheck(op: str, dtype: torch.dtype) -> None:
+    torch.library.opcheck(getattr(torch.ops.llmfast, op).default, tuple(good(dtype)[op]))
+
+
+@pytest.mark.parametrize(("op", "position", "change", "said"), [
+    ("softmax_fwd", 0, lambda t: t.double(), "softmax_fwd: x has a dtype"),
+    ("softmax_bwd", 0, lambda t: t.cpu(), "softmax_bwd: dy is on another device"),
+    ("softmax_bwd", 0, lambda t: t[:, :5], r"softmax_bwd: dy has shape \(4, 5\) but y \(4, 6\)"),
+    ("layer_norm_fwd", 1, lambda t: t.cpu(), "layer_norm_fwd: weight is on another device"),
+    ("layer_norm_fwd", 0, lambda t: t.t().contiguous().t(), "layer_norm_fwd: x must have adjacent elements"),
+    ("rms_norm_bwd", 3, lambda t: t.half(), "rms_norm_bwd: rstd has a dtype"),
+    ("bias_gelu_fwd", 1, lambda t: t[:3], r"bias_gelu_fwd: bias has shape \(3\); it must be \(6,\)"),
+    ("cross_entropy_fwd", 1, lambda t: t.int(), "cross_entropy_fwd: targets has a dtype"),
+    ("cross_entropy_bwd", 3, lambda t: t[:1], "cross_entropy_bwd: statistics has shape"),
+])  # fmt: skip
+def test_messages(op: str, position: int, change, said: str) -> None:
+    arguments = good(torch.float32)[op]
+    arguments[position] = change(arguments[position])
+    with pytest.raises(RuntimeError, match=said):
+        getattr(torch.ops.llmfast, op)(*arguments)
+
+
+def test_a_target_out_of_range_gives_nan_and_no_crash() -> None:
+    logits = torch.randn(5, 7, device="cuda", requires_grad=True)
+    targets = torch.tensor([0, 7, -1, -100, 6], device="cuda")
+    loss = ops.cross_entropy(logits, targets, backend="cuda")
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert loss.isnan() and grad[1:3].isnan().all() and grad[[0, 3, 4]].isfinite().all()
+
+
+def test_no_call_leaks() -> None:
+    arguments = good(torch.bfloat16)
+
+    def once() -> None:
+        for op, a in arguments.items():
+            getattr(torch.ops.llmfast, op)(*a)
+
+    once()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for _ in range(500):
+        once()
+    assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.parametrize("case", [
+    RowCase("softmax", 64, 1000), RowCase("layer_norm", 64, 1000), RowCase("rms_norm", 64, 1000),
+    RowCase("gelu", 64, 1000), RowCase("bias_gelu", 64, 1000), CrossEntropyCase(64, 1000),
+], ids=lambda c: c.op)  # fmt: skip
+@pytest.mark.parametrize("backend", ["auto", "cuda"])
+def test_compiled_without_a_break(case: RowCase | CrossEntropyCase, backend: str) -> None:
+    """Under torch.compile(fullgraph=True) forward and gradients equal eager ones."""
+    torch._dynamo.reset()
+    inputs = make_inputs(case, "cuda", torch.bfloat16)
+    compiled = torch.compile(lambda *t: case.ours(*t, backend=backend), fullgraph=True)
+    out, eager = compiled(*inputs), case.ours(*inputs, backend="cuda")
+    grad = torch.randn_like(out)
+    assert torch.equal(out, eager)
+    for a, b in zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(eager, inputs, grad), strict=True):
+        assert torch.equal(a, b)
