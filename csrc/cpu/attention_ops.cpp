@@ -7,7 +7,7 @@
 namespace llmfast::cpu {
 namespace {
 
-// Of (batch, length, heads, head_dim), and of no elements if `other` sizes say so.
+// Of (batch, length, heads, head_dim).
 AttentionStrides strides_of(const Argument& a) {
   const Tensor& t = a.tensor;
   if (t.dim() != 4) a.refuse("has shape " + shape_text(t) + "; it must be (batch, length, heads, head_dim)");
@@ -49,14 +49,14 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
   a.out = out.data();
   a.statistics = statistics ? saved.data<float>() : nullptr;
   if (!attention_is_decode(a)) {
-    parallel(kernels().attention_fwd.kernel[dtype], a, attention_items(a), kGrain);
+    parallel(attention_kernels().fwd.kernel[dtype], a, attention_items(a), kGrain);
     return {std::move(out), std::move(saved)};
   }
   Tensor workspace = empty_float32({attention_workspace(a)}, q);
   const AttentionDecode decode{a, workspace.data<float>()};
-  parallel(kernels().attention_decode.kernel[dtype], decode, attention_decode_items(a), kGrain);
+  parallel(attention_kernels().decode.kernel[dtype], decode, attention_decode_items(a), kGrain);
   if (attention_splits(a) > 1)
-    parallel(kernels().attention_combine.kernel[dtype], decode, a.batch * a.kv_heads,
+    parallel(attention_kernels().decode_combine.kernel[dtype], decode, a.batch * a.kv_heads,
              attention_rows(a) * attention_splits(a) * a.head_dim);
   return {std::move(out), std::move(saved)};
 }
@@ -88,9 +88,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout, const Tenso
   Tensor partial = empty_float32({a.splits > 1 ? a.splits : 0, a.batch, a.queries, a.heads, a.head_dim}, q);
   a.partial_dq = a.splits > 1 ? partial.data<float>() : nullptr;
   const int dtype = index_of(q.dtype());
-  if (a.batch > 0) parallel(kernels().attention_bwd.kernel[dtype], a, attention_bwd_items(a), kGrain);
+  if (a.batch > 0) parallel(attention_kernels().bwd.kernel[dtype], a, attention_bwd_items(a), kGrain);
   if (a.splits > 1)
-    parallel(kernels().attention_bwd_combine.kernel[dtype], a, a.batch * a.queries * a.heads, a.head_dim * a.splits);
+    parallel(attention_kernels().bwd_combine.kernel[dtype], a, a.batch * a.queries * a.heads, a.head_dim * a.splits);
   return {std::move(dq), std::move(dk), std::move(dv)};
 }
 

@@ -1,53 +1,71 @@
-// Which instruction set's table of kernels runs.
+// Which instruction set's kernels run.
 #include <cstring>
 
 #include "kernels.h"
 
 namespace llmfast::cpu {
+namespace {
 
-#define LLMFAST_DECLARE(name)   \
-  namespace name {              \
-  extern const Kernels table;   \
+struct Variant {
+  const char* name;
+  const Kernels* kernels;
+  const AttentionKernels* attention;
+};
+
+}  // namespace
+
+#define LLMFAST_DECLARE(name)                     \
+  namespace name {                                \
+  extern const Kernels table;                     \
+  extern const AttentionKernels attention_table;  \
   }
 
+// The slowest first.
 LLMFAST_DECLARE(baseline)
 #if defined(__x86_64__)
 LLMFAST_DECLARE(avx2)
 LLMFAST_DECLARE(avx512)
 LLMFAST_DECLARE(avx512_bf16)
-static const Kernels* const kTables[] = {&baseline::table, &avx2::table, &avx512::table, &avx512_bf16::table};
+static const Variant kVariants[] = {
+    {"baseline", &baseline::table, &baseline::attention_table},
+    {"avx2", &avx2::table, &avx2::attention_table},
+    {"avx512", &avx512::table, &avx512::attention_table},
+    {"avx512_bf16", &avx512::table, &avx512_bf16::attention_table},  // only matrix products have bfloat16 instructions
+};
 #else  // NEON is the baseline of 64-bit Arm
-static const Kernels* const kTables[] = {&baseline::table};
+static const Variant kVariants[] = {{"baseline", &baseline::table, &baseline::attention_table}};
 #endif
 
-static bool runs_here(const Kernels& table) {
+static bool runs_here(const char* name) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (!strcmp(table.name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (!strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512cd");
-  if (!strcmp(table.name, "avx512")) return avx512;
-  if (!strcmp(table.name, "avx512_bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
+  if (!strcmp(name, "avx512")) return avx512;
+  if (!strcmp(name, "avx512_bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
-  return !strcmp(table.name, "baseline");
+  return !strcmp(name, "baseline");
 }
 
-static const Kernels* best() {
-  const Kernels* chosen = kTables[0];
-  for (const Kernels* table : kTables)
-    if (runs_here(*table)) chosen = table;
+static const Variant* best() {
+  const Variant* chosen = kVariants;
+  for (const Variant& variant : kVariants)
+    if (runs_here(variant.name)) chosen = &variant;
   return chosen;
 }
 
-static const Kernels* selected = best();
+static const Variant* selected = best();
 
-const Kernels& kernels() { return *selected; }
+const Kernels& kernels() { return *selected->kernels; }
+const AttentionKernels& attention_kernels() { return *selected->attention; }
+const char* variant_name() { return selected->name; }
 
 bool select_variant(const char* name) {
-  for (const Kernels* table : kTables) {
-    if (!strcmp(table->name, name) && runs_here(*table)) {
-      selected = table;
+  for (const Variant& variant : kVariants) {
+    if (!strcmp(variant.name, name) && runs_here(name)) {
+      selected = &variant;
       return true;
     }
   }

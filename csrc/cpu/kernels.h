@@ -149,7 +149,6 @@ struct ByDtype {
 };
 
 struct Kernels {
-  const char* name;
   ByDtype<SoftmaxFwd> softmax_fwd;
   ByDtype<SoftmaxBwd> softmax_bwd;
   ByDtype<NormFwd> layer_norm_fwd, rms_norm_fwd;
@@ -161,15 +160,20 @@ struct Kernels {
   ByDtype<Rope> rope;
   ByDtype<CrossEntropyFwd> cross_entropy_fwd;
   ByDtype<CrossEntropyBwd> cross_entropy_bwd;
-  ByDtype<AttentionFwd> attention_fwd;
-  ByDtype<AttentionBwd> attention_bwd, attention_bwd_combine;
-  ByDtype<AttentionDecode> attention_decode, attention_combine;
   Kernel<AdamW> adamw;
   Kernel<ColumnSum> column_sum;
 };
 
-// The table for this CPU, or for the instruction set that `select_variant` has named.
+struct AttentionKernels {
+  ByDtype<AttentionFwd> fwd;
+  ByDtype<AttentionBwd> bwd, bwd_combine;
+  ByDtype<AttentionDecode> decode, decode_combine;
+};
+
+// The tables for this CPU, or for the instruction set that `select_variant` has named.
 const Kernels& kernels();
+const AttentionKernels& attention_kernels();
+const char* variant_name();
 
 // Returns false if this CPU, or this build, does not have the instruction set `name`.
 bool select_variant(const char* name);

@@ -280,7 +280,7 @@ void adamw_(const Tensor& parameter, const Tensor& grad, const Tensor& exp_avg, 
 }  // namespace llmfast::cpu
 
 LLMFAST_EXPORT const char* llmfast_source_hash() { return LLMFAST_SOURCE_HASH; }
-LLMFAST_EXPORT const char* llmfast_cpu_variant() { return llmfast::cpu::kernels().name; }
+LLMFAST_EXPORT const char* llmfast_cpu_variant() { return llmfast::cpu::variant_name(); }
 LLMFAST_EXPORT bool llmfast_cpu_select(const char* name) { return llmfast::cpu::select_variant(name); }
 LLMFAST_EXPORT int32_t llmfast_register() {
   using namespace llmfast::cpu;

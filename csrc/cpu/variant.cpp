@@ -1,18 +1,13 @@
-// Every kernel for one instruction set. Compiled once for each, with LLMFAST_VARIANT naming it and the compiler's flags
+// Every kernel but attention's for one instruction set. Compiled once for each, with LLMFAST_VARIANT naming it and the compiler's flags
 // choosing it. Kernels call nothing from outside but C's memcpy, memset, malloc and logf: an inline function of a C++
 // header, compiled for AVX-512 here, could be the copy that the linker keeps for all, and crash an older CPU.
 #include "activation.h"
 #include "adamw.h"
-#include "attention.h"
-#include "attention_bwd.h"
-#include "attention_decode.h"
 #include "cross_entropy.h"
 #include "norm.h"
 #include "rope.h"
 #include "softmax.h"
 
-#define LLMFAST_STRING_(x) #x
-#define LLMFAST_STRING(x) LLMFAST_STRING_(x)
 #define BY_DTYPE(function) {{function<float>, function<BFloat16>}}
 
 namespace llmfast::cpu::LLMFAST_VARIANT {
@@ -27,7 +22,6 @@ template <class T>
 constexpr Kernel<NormBwd> rms_norm_bwd = norm_bwd<T, false>;
 
 extern const Kernels table = {
-    LLMFAST_STRING(LLMFAST_VARIANT),
     BY_DTYPE(softmax_fwd),
     BY_DTYPE(softmax_bwd),
     BY_DTYPE(layer_norm_fwd),
@@ -41,11 +35,6 @@ extern const Kernels table = {
     BY_DTYPE(rope),
     BY_DTYPE(cross_entropy_fwd),
     BY_DTYPE(cross_entropy_bwd),
-    BY_DTYPE(attention_fwd),
-    BY_DTYPE(attention_bwd),
-    BY_DTYPE(attention_bwd_combine),
-    BY_DTYPE(attention_decode),
-    BY_DTYPE(attention_combine),
     adamw,
     column_sum,
 };

@@ -5,6 +5,7 @@ one function per op over every backend.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +37,7 @@ def _attention_statistics(q: Tensor) -> Tensor:
 
 
 def _n_rows(x: Tensor) -> Any:
-    return x.numel() // x.shape[-1]
+    return math.prod(x.shape[:-1])
 
 
 _OPS: list[tuple[str, Callable[..., Any]]] = [
