@@ -147,6 +147,31 @@ def attention_limits(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
     return None if q.shape[-1] <= 256 else f"supports head_dim up to 256, not {q.shape[-1]}"
 
 
+def adamw_fwd(
+    parameter: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    grad_scale: float,
+) -> None:
+    """All contiguous, float32: updates parameter, exp_avg and exp_avg_sq."""
+    corrections = (1.0 - beta1**step, 1.0 - beta2**step)
+    settings = (learning_rate, beta1, beta2, eps, weight_decay, *corrections, grad_scale)
+    _adamw(parameter, grad.contiguous(), exp_avg, exp_avg_sq, *settings)
+
+
+def adamw_limits(parameter: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *settings: Any) -> str | None:
+    """Why the tensors cannot be updated where they are."""
+    whole = all(t.is_contiguous() for t in (parameter, exp_avg, exp_avg_sq))
+    return None if whole else "needs a contiguous parameter and moments"
+
+
 def as_rows(x: Tensor) -> Tensor:
     """x where it is rows of adjacent elements at one distance from each other, else a contiguous copy."""
     if x.is_contiguous():
@@ -178,3 +203,4 @@ _bias_gelu_fwd, _bias_gelu_bwd = _op("bias_gelu_fwd"), _op("bias_gelu_bwd")
 _swiglu_fwd, _swiglu_bwd, _rope = _op("swiglu_fwd"), _op("swiglu_bwd"), _op("rope")
 _cross_entropy_fwd, _cross_entropy_bwd = _op("cross_entropy_fwd"), _op("cross_entropy_bwd")
 _attention_fwd, _attention_bwd = _op("attention_fwd"), _op("attention_bwd")
+_adamw = _op("adamw_")

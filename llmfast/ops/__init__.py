@@ -6,11 +6,24 @@ with ops.use_backend("reference"): ...      # for a block of code
 print(ops.explain("softmax", x))            # every backend, and why it would or would not run
 """
 
-from .functional import attention, bias_gelu, cross_entropy, explain, gelu, layer_norm, rms_norm, rope, softmax, swiglu
+from .functional import (
+    adamw_,
+    attention,
+    bias_gelu,
+    cross_entropy,
+    explain,
+    gelu,
+    layer_norm,
+    rms_norm,
+    rope,
+    softmax,
+    swiglu,
+)
 from .registry import BackendFallbackWarning, current_backend, use_backend
 
 __all__ = [
     "BackendFallbackWarning",
+    "adamw_",
     "attention",
     "bias_gelu",
     "cross_entropy",

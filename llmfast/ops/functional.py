@@ -88,6 +88,31 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100, 
     return _run("cross_entropy", backend, _cross_entropy_args(logits, targets, ignore_index=ignore_index))
 
 
+def adamw_(
+    parameter: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step: int,
+    learning_rate: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    grad_scale: float = 1.0,
+    backend: str | None = None,
+) -> None:
+    """AdamW's update of `parameter` and both moments, in place and in one pass, for the gradient grad * grad_scale.
+
+    All four of one shape, dtype and device; `step` counts from 1. Nothing is differentiated through it.
+    """
+    settings = {"learning_rate": learning_rate, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    args = _adamw_args(parameter, grad, exp_avg, exp_avg_sq, step=step, grad_scale=grad_scale, **settings)
+    kernels = registry.choose("adamw", backend, args)
+    with torch.no_grad():
+        (reference.adamw if kernels is None else kernels.adamw_fwd)(*args)
+
+
 def explain(op: str, *args: Any, **kwargs: Any) -> str:
     """Every backend of `op` for this call, a line each: whether it is chosen, and by what, or why it cannot run.
 
@@ -252,6 +277,31 @@ def _cross_entropy_args(logits: Tensor, targets: Tensor, *, ignore_index: int = 
     return logits, targets, ignore_index
 
 
+def _adamw_args(
+    parameter: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step: int,
+    learning_rate: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    grad_scale: float = 1.0,
+) -> tuple[Any, ...]:
+    tensors = {"parameter": parameter, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    _check_float("adamw", **tensors)
+    for name, t in tensors.items():
+        if t.shape != parameter.shape or t.dtype != parameter.dtype:
+            raise InputError(
+                f"adamw: {name} is {tuple(t.shape)} {t.dtype} but parameter {tuple(parameter.shape)} {parameter.dtype}"
+            )
+    if step < 1:
+        raise InputError(f"adamw: step is {step}; the first update is number 1")
+    return *tensors.values(), step, learning_rate, *betas, eps, weight_decay, grad_scale
+
+
 _ARGS = {
     "softmax": _softmax_args,
     "layer_norm": _layer_norm_args,
@@ -262,4 +312,5 @@ _ARGS = {
     "swiglu": _swiglu_args,
     "rope": _rope_args,
     "cross_entropy": _cross_entropy_args,
+    "adamw": _adamw_args,
 }

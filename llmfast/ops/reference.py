@@ -90,3 +90,25 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
     acc = logits.to(_accumulation_dtype(logits))
     total = F.cross_entropy(acc, targets, ignore_index=ignore_index, reduction="sum")
     return total / (targets != ignore_index).sum().clamp(min=1)
+
+
+def adamw(
+    parameter: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    grad_scale: float,
+) -> None:
+    """Update number `step`, counted from 1, in place (https://arxiv.org/abs/1711.05101, algorithm 2)."""
+    grad = grad * grad_scale
+    exp_avg.lerp_(grad, 1.0 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
+    root = (exp_avg_sq / (1.0 - beta2**step)).sqrt_().add_(eps)
+    parameter.mul_(1.0 - learning_rate * weight_decay)
+    parameter.addcdiv_(exp_avg, root, value=-learning_rate / (1.0 - beta1**step))

@@ -59,6 +59,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "swiglu": (_CPP,),
     "rope": (_CPP,),
     "cross_entropy": (_CUDA, _CPP),
+    "adamw": (Backend("cpp", "llmfast.native.cpp", frozenset({"cpu"}), frozenset({torch.float32})),),
 }
 NAMES = (AUTO, REFERENCE, *dict.fromkeys(row.name for rows in BACKENDS.values() for row in rows))
 
