@@ -30,8 +30,8 @@ struct Moments {
 };
 
 // Zeros past the row's end, where i >= owned. float32 is centred before it is squared, as its rounding shows; in a
-// 16-bit type it is enough to start from something near the mean, that of the warp's first vector: even if only that
-// were far off, it would widen the variance by as much as this loses.
+// 16-bit type it is enough to start from something near the mean, the warp's first element: even if only that
+// were far off, it would widen the variance, too, and so make up for what this loses.
 template <class T, int V, bool kRms>
 __device__ Moments warp_moments(uint4 (&raw)[V], int owned, float count) {
   constexpr int n = kPerVector<T>;
@@ -45,9 +45,9 @@ __device__ Moments warp_moments(uint4 (&raw)[V], int owned, float count) {
       float x[n];
       unpack<T>(raw[i], x);
 #pragma unroll
-      for (int j = 0; j < n; ++j) start += x[j];
+      for (int j = 0; j < (kExact<T> ? n : 1); ++j) start += x[j];
     }
-    start = kExact<T> ? warp_reduce<Add>(start) * inverse : __shfl_sync(0xffffffffu, start, 0) * (1.0f / n);
+    start = kExact<T> ? warp_reduce<Add>(start) * inverse : __shfl_sync(0xffffffffu, start, 0);
   }
   float rest = 0.0f;
 #pragma unroll
@@ -221,7 +221,6 @@ __global__ void __launch_bounds__(kStreamThreads, 1) norm_fwd_stream_kernel(Forw
             T* to = y + stream.vector_index(i) * n;
             if (i < owned)
               normalize<T, kRms, decltype(same)::value>(*stream.slot(stage, 0, i), m, rstd, p.weight, p.bias, v * n, to);
-            __syncwarp();
           }
         };
         p.same ? finish(std::true_type()) : finish(std::false_type());
@@ -292,7 +291,7 @@ int norm_fwd(const Forward<T>& p, void* stream) {
   const bool whole = whole_vectors(p.x, p.x_stride, p.rows, p.cols * sizeof(T), sizeof(T)) && aligned16(p.y) &&
                      aligned16(p.weight.data) && aligned16(p.bias.data);
   if (const DirectPlan plan = plan_direct(p.rows, vectors, false); whole && plan.vectors_per_thread > 0) {
-    return dispatch_direct(plan.vectors_per_thread, [&](auto v) {
+    return dispatch_vectors(plan.vectors_per_thread, [&](auto v) {
       return launch(norm_fwd_kernel<T, decltype(v)::value, kRms>, plan.launch, stream, p);
     });
   }

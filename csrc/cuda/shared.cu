@@ -104,9 +104,12 @@ StreamPlan plan_stream(const Device& device, const StreamNeeds& needs) {
   const int per_block = static_cast<int>(ceil_div(needs.vectors, cluster));
   const int threads = group_threads(per_block, needs.vectors_per_thread);
   const int64_t fixed = needs.param_bytes * per_block + 32 + exchange_bytes(threads, cluster);
+  const int64_t row = int64_t{16} * needs.inputs * needs.vectors_per_thread * threads;
+  // Small blocks: rather two to a multiprocessor, each with as much set aside for it as plan_rows says.
+  const bool two = threads <= 512 && fixed + 3 * row <= (device.max_smem + 1024) / 2 - 1024;
   for (int stages : {4, 3, 2}) {
-    const int64_t smem = fixed + int64_t{16} * stages * needs.inputs * needs.vectors_per_thread * threads;
-    if (smem > device.max_smem) continue;
+    const int64_t smem = fixed + stages * row;
+    if (smem > device.max_smem || (two && stages == 4)) continue;
     plan.shape = {static_cast<int>(needs.rows), static_cast<int>(needs.cols), per_block, cluster, stages};
     plan.launch.block = dim3(threads);
     plan.launch.smem = static_cast<size_t>(smem);

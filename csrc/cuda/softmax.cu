@@ -334,9 +334,9 @@ int softmax_fwd(const void* x, void* y, int64_t rows, int64_t cols, int64_t x_st
       const auto go = [&](auto kernel) {
         return launch(kernel, direct.launch, stream, in, out, static_cast<int>(rows), static_cast<int>(cols), x_stride);
       };
-      if (layout.ragged) return go(softmax_fwd_kernel<T, 8, true>);
-      return dispatch_direct(direct.vectors_per_thread,
-                             [&](auto v) { return go(softmax_fwd_kernel<T, decltype(v)::value, false>); });
+      if (layout.ragged) return go(softmax_fwd_kernel<T, 4, true>);
+      return dispatch_vectors(direct.vectors_per_thread,
+                              [&](auto v) { return go(softmax_fwd_kernel<T, decltype(v)::value, false>); });
     }
     StreamPlan plan = plan_stream(device, {rows, cols, layout.vectors, 1, kStreamVectors, kForwardThreads, 0});
     if (plan.shape.cluster == 0) {
@@ -360,7 +360,7 @@ int softmax_bwd(const void* dy, const void* y, void* dx, int64_t rows, int64_t c
     T* out = static_cast<T*>(dx);
     const Layout layout = row_layout<T>(rows, cols, dy, dy_stride, y, y_stride, dx);
     if (layout.ragged) {
-      const DirectPlan direct = plan_direct(rows, layout.vectors, true, 4, kBackwardThreads);
+      const DirectPlan direct = plan_direct(rows, layout.vectors, true);
       if (direct.vectors_per_thread > 0)
         return launch(softmax_bwd_ragged_kernel<T>, direct.launch, stream, grad, in, out, static_cast<int>(rows),
                       static_cast<int>(cols), dy_stride, y_stride);

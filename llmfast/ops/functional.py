@@ -291,7 +291,7 @@ def _adamw_args(
     grad_scale: float = 1.0,
 ) -> tuple[Any, ...]:
     tensors = {"parameter": parameter, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    _check_float("adamw", **tensors)
+    _check_float("adamw", parameter=parameter, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     for name, t in tensors.items():
         if t.shape != parameter.shape or t.dtype != parameter.dtype:
             raise InputError(
