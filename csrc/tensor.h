@@ -175,9 +175,7 @@ inline Tensor empty_float32(std::initializer_list<int64_t> sizes, const Tensor& 
   static const int32_t float32 = aoti_torch_dtype_float32();
   return empty(sizes.begin(), int64_t(sizes.size()), float32, like);
 }
-inline Tensor empty_like(const Tensor& t) {
-  return empty(t.sizes(), t.dim(), t.dtype_code(), t);
-}
+inline Tensor empty_like(const Tensor& t) { return empty(t.sizes(), t.dim(), t.dtype_code(), t); }
 
 // From the stack: every tensor on it is the callee's to delete, and so is the box of an optional one.
 template <class A>

@@ -22,8 +22,7 @@ inline void adamw(const AdamW& a, int64_t begin, int64_t end) {
 inline void column_sum(const ColumnSum& a, int64_t begin, int64_t end) {
   sweep(end - begin, [&](int64_t offset, auto part) {
     Vec total = {};
-    for (int64_t chunk = 0; chunk < a.chunks; ++chunk)
-      total += load(a.partial + chunk * a.cols + begin + offset, part);
+    for (int64_t chunk = 0; chunk < a.chunks; ++chunk) total += load(a.partial + chunk * a.cols + begin + offset, part);
     store(a.out + begin + offset, total, part);
   });
 }

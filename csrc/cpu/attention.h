@@ -206,8 +206,8 @@ void attention_fwd(const AttentionFwd& a, int64_t begin, int64_t end) {
         float* s = scores + c;
         multiply_panel<kDot<T>, false, kTileVecs>(n, d, keys, d, columns + c, kQueryBlock, s, kQueryBlock, {});
         const bool masked = start + n > visible.least[c / kPanel];
-        (masked ? softmax_panel<kDot<T>, true> : softmax_panel<kDot<T>, false>)(
-            s, n, start, visible.keys + c, factor, floor, maximum + c, sum + c, alpha + c);
+        (masked ? softmax_panel<kDot<T>, true> : softmax_panel<kDot<T>, false>)(s, n, start, visible.keys + c, factor,
+                                                                                floor, maximum + c, sum + c, alpha + c);
         multiply_panel<kDot<T>, true, kTileVecs>(a.head_dim, (n + kHalf - 1) / kHalf, packed.values(keys),
                                                  packed.v_stride(), s, kQueryBlock, out + c, kQueryBlock,
                                                  {true, alpha + c});

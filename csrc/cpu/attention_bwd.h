@@ -146,8 +146,8 @@ void attention_bwd_block(const AttentionBwd& a, const Visible& visible, int64_t 
   int64_t least = visible.least[0];
   for (int64_t panel = 1; panel < kQueryBlock / kPanel; ++panel)
     least = visible.least[panel] < least ? visible.least[panel] : least;
-  (start + n > least ? probabilities<T, true> : probabilities<T, false>)(
-      b, n, start, visible.keys, splat(magnitude), splat(exp2_floor(magnitude)));
+  (start + n > least ? probabilities<T, true> : probabilities<T, false>)(b, n, start, visible.keys, splat(magnitude),
+                                                                         splat(exp2_floor(magnitude)));
   const int64_t row = b.kRowWords, ld = kDot<T> ? b.width : b.d;
   multiply<kDot<T>, false>(n, a.head_dim, row, b.p, row, b.dout_pairs, ld, b.dv(i), b.width, {true, nullptr});
   multiply<kDot<T>, false>(n, a.head_dim, row, b.ds, row, b.q_pairs, ld, b.dk(i), b.width, {true, nullptr});

@@ -209,7 +209,7 @@ inline void transpose(int64_t rows, int64_t cols, const float* in, int64_t ld, f
 // is 0. One multiplication does the scaling of scores and the change of base, and its rounding does not count.
 inline float exp2_floor(float factor) { return factor > 1e-30f ? -127.0f / factor : -1e32f; }
 inline Vec exp2_scaled(Vec x, Vec factor, Vec floor) {
-  x = max(floor, x);  // a NaN stays
+  x = max(floor, x);                                // a NaN stays
   const Vec shifter = splat(12582912.0f + 127.0f);  // 1.5 * 2^23 rounds to an integer; with 127 its low bits are 2^n's
   const Vec shifted = x * factor + shifter;
   const Vec n = shifted - shifter;

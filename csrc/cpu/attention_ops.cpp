@@ -61,9 +61,9 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
   return {std::move(out), std::move(saved)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k,
-                                                 const Tensor& v, const Tensor& out, const Tensor& statistics,
-                                                 bool causal, double scale) {
+std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                                                 const Tensor& out, const Tensor& statistics, bool causal,
+                                                 double scale) {
   const char* op = "attention_bwd";
   const Argument q_arg{op, "q", q}, dout_arg{op, "dout", dout}, out_arg{op, "out", out};
   const AttentionFwd f = check_inputs(op, q, k, v, causal, scale);
@@ -80,8 +80,13 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout, const Tenso
   require_contiguous(saved);
 
   Tensor dq = empty_like(q), dk = empty_like(k), dv = empty_like(v);
-  AttentionBwd a{dout.data(), f.q,         f.k,         f.v,         out.data(), strides_of(dout_arg),
-                 f.q_strides, f.k_strides, f.v_strides, statistics.data<float>(), dq.data(), dk.data(), dv.data()};
+  AttentionBwd a{dout.data(), f.q,
+                 f.k,         f.v,
+                 out.data(),  strides_of(dout_arg),
+                 f.q_strides, f.k_strides,
+                 f.v_strides, statistics.data<float>(),
+                 dq.data(),   dk.data(),
+                 dv.data()};
   a.batch = f.batch, a.queries = f.queries, a.keys = f.keys, a.heads = f.heads, a.kv_heads = f.kv_heads;
   a.head_dim = f.head_dim, a.scale = f.scale, a.causal = f.causal;
   a.splits = attention_bwd_splits(a.batch, a.kv_heads, a.keys, threads());

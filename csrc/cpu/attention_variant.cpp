@@ -3,7 +3,12 @@
 #include "attention_bwd.h"
 #include "attention_decode.h"
 
-#define BY_DTYPE(function) {{function<float>, function<BFloat16>}}
+#define BY_DTYPE(function)                \
+  {                                       \
+    {                                     \
+      function<float>, function<BFloat16> \
+    }                                     \
+  }
 
 namespace llmfast::cpu::LLMFAST_VARIANT {
 

@@ -14,10 +14,10 @@ struct Variant {
 
 }  // namespace
 
-#define LLMFAST_DECLARE(name)                     \
-  namespace name {                                \
-  extern const Kernels table;                     \
-  extern const AttentionKernels attention_table;  \
+#define LLMFAST_DECLARE(name)                    \
+  namespace name {                               \
+  extern const Kernels table;                    \
+  extern const AttentionKernels attention_table; \
   }
 
 // The slowest first.

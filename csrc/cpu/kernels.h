@@ -103,7 +103,8 @@ struct Rope {
   float direction;
 };
 
-// Per row: the loss (0 where ignored, NaN where the target is outside the row), the maximum, and the sum of e^(x - max).
+// Per row: the loss (0 where ignored, NaN where the target is outside the row), the maximum, and the sum of e^(x -
+// max).
 struct CrossEntropyFwd {
   const void* logits;
   int64_t stride;

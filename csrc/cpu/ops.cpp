@@ -54,8 +54,8 @@ Tensor softmax_bwd(const Tensor& dy, const Tensor& y) {
   check_same_shape(dy_arg, y_arg);
   const Rows ys = rows_of(y_arg), dys = rows_of(dy_arg);
   Tensor dx = empty_like(y);
-  parallel(kernels().softmax_bwd.kernel[index_of(dtype)], {dys.data, ys.data, dys.stride, ys.stride, dx.data(), ys.cols},
-           ys.rows, ys.cols);
+  parallel(kernels().softmax_bwd.kernel[index_of(dtype)],
+           {dys.data, ys.data, dys.stride, ys.stride, dx.data(), ys.cols}, ys.rows, ys.cols);
   return dx;
 }
 
@@ -110,8 +110,7 @@ std::tuple<Tensor, Tensor> rms_norm_fwd(const Tensor& x, const Optional& weight,
   return {std::move(y), std::move(rstd)};
 }
 
-std::tuple<Tensor, Tensor> rms_norm_bwd(const Tensor& dy, const Tensor& x, const Optional& weight,
-                                        const Tensor& rstd) {
+std::tuple<Tensor, Tensor> rms_norm_bwd(const Tensor& dy, const Tensor& x, const Optional& weight, const Tensor& rstd) {
   auto [dx, dw, db] = norm_bwd("rms_norm_bwd", kernels().rms_norm_bwd, dy, x, weight.tensor, nullptr, rstd);
   return {std::move(dx), std::move(dw)};
 }
@@ -285,10 +284,10 @@ LLMFAST_EXPORT bool llmfast_cpu_select(const char* name) { return llmfast::cpu::
 LLMFAST_EXPORT int32_t llmfast_register() {
   using namespace llmfast::cpu;
   std::vector<llmfast::Registration> ops = {
-      LLMFAST_OP(softmax_fwd),       LLMFAST_OP(softmax_bwd),       LLMFAST_OP(layer_norm_fwd),
-      LLMFAST_OP(layer_norm_bwd),    LLMFAST_OP(rms_norm_fwd),      LLMFAST_OP(rms_norm_bwd),
-      LLMFAST_OP(bias_gelu_fwd),     LLMFAST_OP(bias_gelu_bwd),     LLMFAST_OP(swiglu_fwd),
-      LLMFAST_OP(swiglu_bwd),        LLMFAST_OP(rope),              LLMFAST_OP(cross_entropy_fwd),
+      LLMFAST_OP(softmax_fwd),       LLMFAST_OP(softmax_bwd),   LLMFAST_OP(layer_norm_fwd),
+      LLMFAST_OP(layer_norm_bwd),    LLMFAST_OP(rms_norm_fwd),  LLMFAST_OP(rms_norm_bwd),
+      LLMFAST_OP(bias_gelu_fwd),     LLMFAST_OP(bias_gelu_bwd), LLMFAST_OP(swiglu_fwd),
+      LLMFAST_OP(swiglu_bwd),        LLMFAST_OP(rope),          LLMFAST_OP(cross_entropy_fwd),
       LLMFAST_OP(cross_entropy_bwd), LLMFAST_OP(adamw_),
   };
   for (const auto& op : attention_ops()) ops.push_back(op);

@@ -1,4 +1,5 @@
-// Rotary position embedding (https://arxiv.org/abs/2104.09864): pairs (x[i], x[i + D/2]) turned by their position's angle.
+// Rotary position embedding (https://arxiv.org/abs/2104.09864): pairs (x[i], x[i + D/2]) turned by their position's
+// angle.
 #pragma once
 #include "vec.h"
 

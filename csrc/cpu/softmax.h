@@ -31,9 +31,7 @@ void softmax_bwd(const SoftmaxBwd& a, int64_t begin, int64_t end) {
     T* dx = static_cast<T*>(a.dx) + row * a.cols;
     const Vec dot =
         splat(reduce_sum(a.cols, [&](int64_t i, auto part) { return load(dy + i, part) * load(y + i, part); }));
-    sweep(a.cols, [&](int64_t i, auto part) {
-      store(dx + i, load(y + i, part) * (load(dy + i, part) - dot), part);
-    });
+    sweep(a.cols, [&](int64_t i, auto part) { store(dx + i, load(y + i, part) * (load(dy + i, part) - dot), part); });
   }
 }
 

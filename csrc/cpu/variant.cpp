@@ -1,6 +1,7 @@
-// Every kernel but attention's for one instruction set. Compiled once for each, with LLMFAST_VARIANT naming it and the compiler's flags
-// choosing it. Kernels call nothing from outside but C's memcpy, memset, malloc and logf: an inline function of a C++
-// header, compiled for AVX-512 here, could be the copy that the linker keeps for all, and crash an older CPU.
+// Every kernel but attention's for one instruction set. Compiled once for each, with LLMFAST_VARIANT naming it and the
+// compiler's flags choosing it. Kernels call nothing from outside but C's memcpy, memset, malloc and logf: an inline
+// function of a C++ header, compiled for AVX-512 here, could be the copy that the linker keeps for all, and crash an
+// older CPU.
 #include "activation.h"
 #include "adamw.h"
 #include "cross_entropy.h"
@@ -8,7 +9,12 @@
 #include "rope.h"
 #include "softmax.h"
 
-#define BY_DTYPE(function) {{function<float>, function<BFloat16>}}
+#define BY_DTYPE(function)                \
+  {                                       \
+    {                                     \
+      function<float>, function<BFloat16> \
+    }                                     \
+  }
 
 namespace llmfast::cpu::LLMFAST_VARIANT {
 

@@ -229,8 +229,15 @@ int bias_gelu_bwd(const void* dy, const void* x, Param bias, void* dx, float* db
   if (rows > 0) {
     const int e = dispatch(dtype, [&](auto type) {
       using T = typename decltype(type)::type;
-      const Work<T> w{static_cast<const T*>(dy), static_cast<const T*>(x), bias, static_cast<T*>(dx),
-                      dbias == nullptr ? nullptr : workspace, rows, cols, dy_stride, x_stride};
+      const Work<T> w{static_cast<const T*>(dy),
+                      static_cast<const T*>(x),
+                      bias,
+                      static_cast<T*>(dx),
+                      dbias == nullptr ? nullptr : workspace,
+                      rows,
+                      cols,
+                      dy_stride,
+                      x_stride};
       return dispatch_width<T>(can_use_vectors(w), [&](auto n) {
         constexpr int N = decltype(n)::value;
         return dispatch_formula(tanh_formula, [&](auto tanh) {

@@ -30,11 +30,17 @@ __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); 
 template <class T>
 __device__ T from_float(float x);
 template <>
-__device__ inline float from_float<float>(float x) { return x; }
+__device__ inline float from_float<float>(float x) {
+  return x;
+}
 template <>
-__device__ inline __half from_float<__half>(float x) { return __float2half_rn(x); }
+__device__ inline __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
 template <>
-__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
 
 __device__ inline void unpack_word(uint32_t w, float* f, float) { f[0] = __uint_as_float(w); }
 __device__ inline void unpack_word(uint32_t w, float* f, __half) {
@@ -276,9 +282,12 @@ struct Type {
 template <class F>
 int dispatch(DType dtype, F&& f) {
   switch (dtype) {
-    case DType::f32: return f(Type<float>());
-    case DType::f16: return f(Type<__half>());
-    case DType::bf16: return f(Type<__nv_bfloat16>());
+    case DType::f32:
+      return f(Type<float>());
+    case DType::f16:
+      return f(Type<__half>());
+    case DType::bf16:
+      return f(Type<__nv_bfloat16>());
   }
   return cudaErrorInvalidValue;
 }

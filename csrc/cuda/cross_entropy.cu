@@ -25,7 +25,9 @@ __device__ inline double read_peer_double(uint32_t mine, int peer) {
   double v = 0.0;
 #if __CUDA_ARCH__ >= 900
   asm volatile("{\n.reg .u32 at;\nmapa.shared::cluster.u32 at, %1, %2;\nld.shared::cluster.f64 %0, [at];\n}"
-               : "=d"(v) : "r"(mine), "r"(peer) : "memory");
+               : "=d"(v)
+               : "r"(mine), "r"(peer)
+               : "memory");
 #endif
   return v;
 }
@@ -33,7 +35,9 @@ __device__ inline unsigned read_peer_unsigned(uint32_t mine, int peer) {
   unsigned v = 0;
 #if __CUDA_ARCH__ >= 900
   asm volatile("{\n.reg .u32 at;\nmapa.shared::cluster.u32 at, %1, %2;\nld.shared::cluster.u32 %0, [at];\n}"
-               : "=r"(v) : "r"(mine), "r"(peer) : "memory");
+               : "=r"(v)
+               : "r"(mine), "r"(peer)
+               : "memory");
 #endif
   return v;
 }
@@ -83,7 +87,8 @@ __global__ void __launch_bounds__(kMaxForwardThreads, 4)
   const bool valid = target >= 0 && target < cols;
   const float target_logit = threadIdx.x == 0 && valid ? to_float(x[target]) : 0.0f;  // while the sums are put together
   total.reduce();
-  if (blockDim.x > 32) total = Running<T>::template combine<kMaxDirectWarps>(exchange_parts(total.part()), blockDim.x / 32);
+  if (blockDim.x > 32)
+    total = Running<T>::template combine<kMaxDirectWarps>(exchange_parts(total.part()), blockDim.x / 32);
   if (threadIdx.x != 0) return;
   // The largest logit, and the sum below exactly that.
   const float largest = kExact<T> ? total.largest : to_float(from_float<T>(total.largest / kUnit));
@@ -100,9 +105,8 @@ __global__ void __launch_bounds__(kMaxForwardThreads, 4)
 }
 
 // Mean and count over the targets not ignored, by one cluster of blocks, so that the order of the sum is fixed.
-__global__ void __launch_bounds__(1024)
-    mean_loss_kernel(const float* losses, const int64_t* targets, float* mean, float* count, int64_t rows,
-                     int64_t ignore_index) {
+__global__ void __launch_bounds__(1024) mean_loss_kernel(const float* losses, const int64_t* targets, float* mean,
+                                                         float* count, int64_t rows, int64_t ignore_index) {
   constexpr int kAtOnce = 4;  // loads in flight: there is little else to hide their latency
   __shared__ double totals[32];
   __shared__ unsigned counts[32];
@@ -209,9 +213,9 @@ __global__ void __launch_bounds__(kMaxBackwardThreads)
 
 }  // namespace
 
-int cross_entropy_fwd(const void* logits, const int64_t* targets, float* loss, float* statistics,
-                      float* mean_loss, float* count, int64_t rows, int64_t cols, int64_t logits_stride,
-                      int64_t ignore_index, DType dtype, void* stream) {
+int cross_entropy_fwd(const void* logits, const int64_t* targets, float* loss, float* statistics, float* mean_loss,
+                      float* count, int64_t rows, int64_t cols, int64_t logits_stride, int64_t ignore_index,
+                      DType dtype, void* stream) {
   Device device;
   if (int e = current_device(&device)) return e;
   if (rows > 0) {
@@ -234,8 +238,8 @@ int cross_entropy_fwd(const void* logits, const int64_t* targets, float* loss, f
                 ignore_index);
 }
 
-int cross_entropy_bwd(const void* logits, const int64_t* targets, const float* statistics,
-                      const float* grad, const float* count, void* dlogits, int64_t rows, int64_t cols, int64_t logits_stride,
+int cross_entropy_bwd(const void* logits, const int64_t* targets, const float* statistics, const float* grad,
+                      const float* count, void* dlogits, int64_t rows, int64_t cols, int64_t logits_stride,
                       int64_t ignore_index, DType dtype, void* stream) {
   if (rows == 0) return 0;
   return dispatch(dtype, [&](auto type) {

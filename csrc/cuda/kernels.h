@@ -52,11 +52,11 @@ int layer_norm_bwd(const void* dy, const void* x, Param weight, const float* mea
 
 // As layer_norm_bwd, without mean and bias.
 int rms_norm_bwd(const void* dy, const void* x, Param weight, const float* rstd, void* dx, float* dweight,
-                 float* workspace, int64_t n_partials, int64_t rows, int64_t cols, int64_t dy_stride,
-                 int64_t x_stride, DType dtype, void* stream);
+                 float* workspace, int64_t n_partials, int64_t rows, int64_t cols, int64_t dy_stride, int64_t x_stride,
+                 DType dtype, void* stream);
 
-// loss = lse - logits[target], lse = log(sum(exp(logits))), (rows,) f32: 0 where target == ignore_index and NaN where it
-// is otherwise outside [0, cols). statistics: (2, rows) f32, each row's largest logit, then the sum of exponentials
+// loss = lse - logits[target], lse = log(sum(exp(logits))), (rows,) f32: 0 where target == ignore_index and NaN where
+// it is otherwise outside [0, cols). statistics: (2, rows) f32, each row's largest logit, then the sum of exponentials
 // below it. mean_loss, count: one f32 each, over the targets not ignored; mean 0 if there are none. logits:
 // (rows, cols); targets: (rows,).
 int cross_entropy_fwd(const void* logits, const int64_t* targets, float* loss, float* statistics, float* mean_loss,

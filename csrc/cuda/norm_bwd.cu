@@ -258,19 +258,41 @@ int layer_norm_bwd(const void* dy, const void* x, Param weight, const float* mea
                    int64_t dy_stride, int64_t x_stride, DType dtype, void* stream) {
   return dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const Backward<T> p{static_cast<const T*>(dy), static_cast<const T*>(x), weight, mean, rstd, static_cast<T*>(dx),
-                        nullptr, nullptr, rows, cols, dy_stride, x_stride, 1.0f / cols};
+    const Backward<T> p{static_cast<const T*>(dy),
+                        static_cast<const T*>(x),
+                        weight,
+                        mean,
+                        rstd,
+                        static_cast<T*>(dx),
+                        nullptr,
+                        nullptr,
+                        rows,
+                        cols,
+                        dy_stride,
+                        x_stride,
+                        1.0f / cols};
     return norm_bwd<false>(p, dweight, dbias, workspace, n_partials, stream);
   });
 }
 
 int rms_norm_bwd(const void* dy, const void* x, Param weight, const float* rstd, void* dx, float* dweight,
-                 float* workspace, int64_t n_partials, int64_t rows, int64_t cols, int64_t dy_stride,
-                 int64_t x_stride, DType dtype, void* stream) {
+                 float* workspace, int64_t n_partials, int64_t rows, int64_t cols, int64_t dy_stride, int64_t x_stride,
+                 DType dtype, void* stream) {
   return dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const Backward<T> p{static_cast<const T*>(dy), static_cast<const T*>(x), weight, nullptr, rstd,
-                        static_cast<T*>(dx), nullptr, nullptr, rows, cols, dy_stride, x_stride, 1.0f / cols};
+    const Backward<T> p{static_cast<const T*>(dy),
+                        static_cast<const T*>(x),
+                        weight,
+                        nullptr,
+                        rstd,
+                        static_cast<T*>(dx),
+                        nullptr,
+                        nullptr,
+                        rows,
+                        cols,
+                        dy_stride,
+                        x_stride,
+                        1.0f / cols};
     return norm_bwd<true>(p, dweight, nullptr, workspace, n_partials, stream);
   });
 }

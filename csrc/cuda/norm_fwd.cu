@@ -74,8 +74,8 @@ __device__ Moments warp_moments(uint4 (&raw)[V], int owned, float count) {
 
 __device__ inline float4 as_part(const Moments& m) { return make_float4(m.near_mean, m.rest, m.squares, m.count); }
 
-// The whole of n <= kMost parts, by the formula of Chan, Golub and LeVeque for merging variances. inverse: 1 over the sum
-// of their counts.
+// The whole of n <= kMost parts, by the formula of Chan, Golub and LeVeque for merging variances. inverse: 1 over the
+// sum of their counts.
 template <bool kRms, int kMost>
 __device__ Moments combine_moments(const float4* parts, int n, float inverse) {
   const int lane = threadIdx.x % kMost;
@@ -109,7 +109,7 @@ template <class T, bool kRms, bool kSame>
 __device__ void normalize(const uint4& raw, const Moments& m, float rstd, const Param& weight, const Param& bias,
                           int params, T* y) {
   constexpr int n = kPerVector<T>;
-  const auto read = [&](const Param& p, float absent, float(&f)[n]) {
+  const auto read = [&](const Param& p, float absent, float (&f)[n]) {
     if constexpr (kSame) {
       unpack<T>(*reinterpret_cast<const uint4*>(static_cast<const T*>(p.data) + params), f);
     } else {
@@ -166,15 +166,15 @@ __global__ void __launch_bounds__(kMaxDirectThreads, 2) norm_fwd_kernel(Forward<
     owned += v < vectors;
   }
   Moments m = warp_moments<T, V, kRms>(raw, owned, warp_count<T, V>(vectors));
-  if (blockDim.x > 32) m = combine_moments<kRms, kMaxDirectWarps>(exchange_parts(as_part(m)), blockDim.x / 32, p.per_column);
+  if (blockDim.x > 32)
+    m = combine_moments<kRms, kMaxDirectWarps>(exchange_parts(as_part(m)), blockDim.x / 32, p.per_column);
   const float rstd = finish_moments<T, kRms>(m, p, row, threadIdx.x == 0);
   keep_packed(raw);
   const auto finish = [&](auto same) {
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       const int v = threadIdx.x + i * blockDim.x;
-      if (v < vectors)
-        normalize<T, kRms, decltype(same)::value>(raw[i], m, rstd, p.weight, p.bias, v * n, y + v * n);
+      if (v < vectors) normalize<T, kRms, decltype(same)::value>(raw[i], m, rstd, p.weight, p.bias, v * n, y + v * n);
       __syncwarp();  // keeps the compiler from hoisting all vectors' parameters to the top, where they would not fit
     }
   };
@@ -220,7 +220,8 @@ __global__ void __launch_bounds__(kStreamThreads, 1) norm_fwd_stream_kernel(Forw
             const int v = threadIdx.x + i * blockDim.x;
             T* to = y + stream.vector_index(i) * n;
             if (i < owned)
-              normalize<T, kRms, decltype(same)::value>(*stream.slot(stage, 0, i), m, rstd, p.weight, p.bias, v * n, to);
+              normalize<T, kRms, decltype(same)::value>(*stream.slot(stage, 0, i), m, rstd, p.weight, p.bias, v * n,
+                                                        to);
           }
         };
         p.same ? finish(std::true_type()) : finish(std::false_type());
@@ -314,8 +315,17 @@ int layer_norm_fwd(const void* x, Param weight, Param bias, void* y, float* mean
                    int64_t cols, int64_t x_stride, float eps, DType dtype, void* stream) {
   return dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const Forward<T> p{static_cast<const T*>(x), weight, bias, static_cast<T*>(y), mean, rstd, rows, cols, x_stride,
-                       eps, 1.0f / static_cast<float>(cols),
+    const Forward<T> p{static_cast<const T*>(x),
+                       weight,
+                       bias,
+                       static_cast<T*>(y),
+                       mean,
+                       rstd,
+                       rows,
+                       cols,
+                       x_stride,
+                       eps,
+                       1.0f / static_cast<float>(cols),
                        is_dtype(weight, dtype) && is_dtype(bias, dtype)};
     return norm_fwd<false>(p, stream);
   });
@@ -325,8 +335,18 @@ int rms_norm_fwd(const void* x, Param weight, void* y, float* rstd, int64_t rows
                  float eps, DType dtype, void* stream) {
   return dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const Forward<T> p{static_cast<const T*>(x), weight, Param(), static_cast<T*>(y), nullptr, rstd, rows, cols,
-                       x_stride, eps, 1.0f / static_cast<float>(cols), is_dtype(weight, dtype)};
+    const Forward<T> p{static_cast<const T*>(x),
+                       weight,
+                       Param(),
+                       static_cast<T*>(y),
+                       nullptr,
+                       rstd,
+                       rows,
+                       cols,
+                       x_stride,
+                       eps,
+                       1.0f / static_cast<float>(cols),
+                       is_dtype(weight, dtype)};
     return norm_fwd<true>(p, stream);
   });
 }

@@ -75,7 +75,8 @@ Tensor softmax_fwd(const Tensor& x) {
   const Rows rows = rows_of(arg);
   const Device device(arg);
   Tensor y = empty_like(x);
-  device.check(cuda::softmax_fwd(rows.data, y.data(), rows.rows, rows.cols, rows.stride, kernel_dtype(dtype), device.stream()));
+  device.check(
+      cuda::softmax_fwd(rows.data, y.data(), rows.rows, rows.cols, rows.stride, kernel_dtype(dtype), device.stream()));
   return y;
 }
 
@@ -86,8 +87,8 @@ Tensor softmax_bwd(const Tensor& dy, const Tensor& y) {
   const Device device(arg);
   const Rows dys = rows_like(device, {"softmax_bwd", "dy", dy}, arg, dtype);
   Tensor dx = empty_like(y);
-  device.check(cuda::softmax_bwd(dys.data, ys.data, dx.data(), ys.rows, ys.cols, dys.stride, ys.stride, kernel_dtype(dtype),
-                           device.stream()));
+  device.check(cuda::softmax_bwd(dys.data, ys.data, dx.data(), ys.rows, ys.cols, dys.stride, ys.stride,
+                                 kernel_dtype(dtype), device.stream()));
   return dx;
 }
 
@@ -101,8 +102,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& x, const Optiona
   const cuda::Param w = parameter(device, {op, "weight", weight.tensor}, rows.cols);
   const cuda::Param b = parameter(device, {op, "bias", bias.tensor}, rows.cols);
   Tensor y = empty_like(x), mean = empty_float32({rows.rows}, x), rstd = empty_float32({rows.rows}, x);
-  device.check(cuda::layer_norm_fwd(rows.data, w, b, y.data(), mean.data<float>(), rstd.data<float>(), rows.rows, rows.cols,
-                              rows.stride, float(eps), kernel_dtype(dtype), device.stream()));
+  device.check(cuda::layer_norm_fwd(rows.data, w, b, y.data(), mean.data<float>(), rstd.data<float>(), rows.rows,
+                                    rows.cols, rows.stride, float(eps), kernel_dtype(dtype), device.stream()));
   return {std::move(y), std::move(mean), std::move(rstd)};
 }
 
@@ -121,8 +122,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy, const Tensor
   Tensor dx = empty_like(x), dw = empty_float32({xs.cols}, x), db = empty_float32({xs.cols}, x);
   Tensor workspace = empty_float32({2 * partials, xs.cols}, x);
   device.check(cuda::layer_norm_bwd(dys.data, xs.data, w, means, rstds, dx.data(), dw.data<float>(), db.data<float>(),
-                              workspace.data<float>(), partials, xs.rows, xs.cols, dys.stride, xs.stride,
-                              kernel_dtype(dtype), device.stream()));
+                                    workspace.data<float>(), partials, xs.rows, xs.cols, dys.stride, xs.stride,
+                                    kernel_dtype(dtype), device.stream()));
   return {std::move(dx), std::move(dw), std::move(db)};
 }
 
@@ -134,13 +135,12 @@ std::tuple<Tensor, Tensor> rms_norm_fwd(const Tensor& x, const Optional& weight,
   const Device device(arg);
   const cuda::Param w = parameter(device, {op, "weight", weight.tensor}, rows.cols);
   Tensor y = empty_like(x), rstd = empty_float32({rows.rows}, x);
-  device.check(cuda::rms_norm_fwd(rows.data, w, y.data(), rstd.data<float>(), rows.rows, rows.cols, rows.stride, float(eps),
-                            kernel_dtype(dtype), device.stream()));
+  device.check(cuda::rms_norm_fwd(rows.data, w, y.data(), rstd.data<float>(), rows.rows, rows.cols, rows.stride,
+                                  float(eps), kernel_dtype(dtype), device.stream()));
   return {std::move(y), std::move(rstd)};
 }
 
-std::tuple<Tensor, Tensor> rms_norm_bwd(const Tensor& dy, const Tensor& x, const Optional& weight,
-                                        const Tensor& rstd) {
+std::tuple<Tensor, Tensor> rms_norm_bwd(const Tensor& dy, const Tensor& x, const Optional& weight, const Tensor& rstd) {
   const char* op = "rms_norm_bwd";
   const Argument arg{op, "x", x};
   const auto dtype = check_floats(arg);
@@ -151,8 +151,9 @@ std::tuple<Tensor, Tensor> rms_norm_bwd(const Tensor& dy, const Tensor& x, const
   const float* rstds = statistic(device, {op, "rstd", rstd}, xs.rows);
   const int64_t partials = cuda::norm_bwd_partials(xs.rows, xs.cols, device.multiprocessors());
   Tensor dx = empty_like(x), dw = empty_float32({xs.cols}, x), workspace = empty_float32({partials, xs.cols}, x);
-  device.check(cuda::rms_norm_bwd(dys.data, xs.data, w, rstds, dx.data(), dw.data<float>(), workspace.data<float>(), partials,
-                            xs.rows, xs.cols, dys.stride, xs.stride, kernel_dtype(dtype), device.stream()));
+  device.check(cuda::rms_norm_bwd(dys.data, xs.data, w, rstds, dx.data(), dw.data<float>(), workspace.data<float>(),
+                                  partials, xs.rows, xs.cols, dys.stride, xs.stride, kernel_dtype(dtype),
+                                  device.stream()));
   return {std::move(dx), std::move(dw)};
 }
 
@@ -164,7 +165,7 @@ Tensor bias_gelu_fwd(const Tensor& x, const Optional& bias, bool tanh) {
   const cuda::Param b = parameter(device, {"bias_gelu_fwd", "bias", bias.tensor}, rows.cols);
   Tensor y = empty_like(x);
   device.check(cuda::bias_gelu_fwd(rows.data, b, y.data(), rows.rows, rows.cols, rows.stride, tanh, kernel_dtype(dtype),
-                             device.stream()));
+                                   device.stream()));
   return y;
 }
 
@@ -181,8 +182,8 @@ std::tuple<Tensor, Tensor> bias_gelu_bwd(const Tensor& dy, const Tensor& x, cons
   Tensor dx = empty_like(x), db = empty_float32({bias ? xs.cols : 0}, x);
   Tensor workspace = empty_float32({bias ? partials : 0, xs.cols}, x);
   device.check(cuda::bias_gelu_bwd(dys.data, xs.data, b, dx.data(), bias ? db.data<float>() : nullptr,
-                             workspace.data<float>(), partials, xs.rows, xs.cols, dys.stride, xs.stride, tanh,
-                             kernel_dtype(dtype), device.stream()));
+                                   workspace.data<float>(), partials, xs.rows, xs.cols, dys.stride, xs.stride, tanh,
+                                   kernel_dtype(dtype), device.stream()));
   return {std::move(dx), std::move(db)};
 }
 
@@ -208,9 +209,9 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_fwd(const Tensor& logits, const
   const int64_t* ids = check_targets(device, {op, "targets", targets}, rows.rows);
   Tensor mean = empty_float32({}, logits), count = empty_float32({}, logits);
   Tensor statistics = empty_float32({2, rows.rows}, logits), losses = empty_float32({rows.rows}, logits);
-  device.check(cuda::cross_entropy_fwd(rows.data, ids, losses.data<float>(), statistics.data<float>(), mean.data<float>(),
-                                 count.data<float>(), rows.rows, rows.cols, rows.stride, ignore_index,
-                                 kernel_dtype(dtype), device.stream()));
+  device.check(cuda::cross_entropy_fwd(rows.data, ids, losses.data<float>(), statistics.data<float>(),
+                                       mean.data<float>(), count.data<float>(), rows.rows, rows.cols, rows.stride,
+                                       ignore_index, kernel_dtype(dtype), device.stream()));
   return {std::move(mean), std::move(statistics), std::move(count)};
 }
 
@@ -226,8 +227,8 @@ Tensor cross_entropy_bwd(const Tensor& grad, const Tensor& logits, const Tensor&
   check_statistics(stats, rows.rows);
   const float *g = scalar(device, {op, "grad", grad}), *n = scalar(device, {op, "count", count});
   Tensor dlogits = empty_like(logits);
-  device.check(cuda::cross_entropy_bwd(rows.data, ids, statistics.data<float>(), g, n, dlogits.data(), rows.rows, rows.cols,
-                                 rows.stride, ignore_index, kernel_dtype(dtype), device.stream()));
+  device.check(cuda::cross_entropy_bwd(rows.data, ids, statistics.data<float>(), g, n, dlogits.data(), rows.rows,
+                                       rows.cols, rows.stride, ignore_index, kernel_dtype(dtype), device.stream()));
   return dlogits;
 }
 

@@ -41,7 +41,8 @@ struct LoopGroup {
   int64_t row;
 
   __device__ explicit LoopGroup(bool row_per_warp)
-      : thread(row_per_warp ? threadIdx.x % 32 : threadIdx.x), threads(row_per_warp ? 32 : blockDim.x),
+      : thread(row_per_warp ? threadIdx.x % 32 : threadIdx.x),
+        threads(row_per_warp ? 32 : blockDim.x),
         row(row_per_warp ? static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32 : blockIdx.x) {}
 
   template <class Op>

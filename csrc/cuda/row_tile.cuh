@@ -49,8 +49,9 @@ __device__ inline void wait_bytes(uint32_t barrier, int phase) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
       "{\n.reg .pred done;\n"
-      "again:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}"
-      ::"r"(barrier), "r"(phase) : "memory");
+      "again:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(barrier),
+      "r"(phase)
+      : "memory");
 #endif
 }
 
@@ -60,8 +61,9 @@ __device__ inline void send_to_peer(uint32_t mine, uint32_t barrier, int peer, f
   asm volatile(
       "{\n.reg .u32 at, counter;\n"
       "mapa.shared::cluster.u32 at, %0, %2;\nmapa.shared::cluster.u32 counter, %1, %2;\n"
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [at], {%3, %4}, [counter];\n}"
-      ::"r"(mine), "r"(barrier), "r"(peer), "f"(a), "f"(b) : "memory");
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [at], {%3, %4}, [counter];\n}" ::"r"(mine),
+      "r"(barrier), "r"(peer), "f"(a), "f"(b)
+      : "memory");
 #endif
 }
 
@@ -74,7 +76,10 @@ struct Group {
   int reductions = 0;
 
   __device__ Group(float* all_scratch, int cluster)
-      : thread(threadIdx.x), threads(blockDim.x), index(threadIdx.y), cluster(cluster),
+      : thread(threadIdx.x),
+        threads(blockDim.x),
+        index(threadIdx.y),
+        cluster(cluster),
         rank(cluster > 1 ? blockIdx.x % cluster : 0),
         scratch(all_scratch + threadIdx.y * scratch_floats(blockDim.x, cluster)) {}
 
@@ -233,8 +238,7 @@ struct ParamPlanes {
     float* out = reinterpret_cast<float*>(planes);
     for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < n; i += blockDim.x * blockDim.y) {
       const int vector = i / kPerVector<T>, element = i % kPerVector<T>;
-      out[((element / 4) * per_block + vector) * 4 + element % 4] =
-          load_param(p, begin * kPerVector<T> + i, absent);
+      out[((element / 4) * per_block + vector) * 4 + element % 4] = load_param(p, begin * kPerVector<T> + i, absent);
     }
   }
 
@@ -283,9 +287,12 @@ inline bool vector_rows(const void* p, int64_t stride, int64_t rows, int64_t col
 template <class F>
 int dispatch_vectors(int vectors_per_thread, F&& f) {
   switch (vectors_per_thread) {
-    case 2: return f(std::integral_constant<int, 2>());
-    case 3: return f(std::integral_constant<int, 3>());
-    case 4: return f(std::integral_constant<int, 4>());
+    case 2:
+      return f(std::integral_constant<int, 2>());
+    case 3:
+      return f(std::integral_constant<int, 3>());
+    case 4:
+      return f(std::integral_constant<int, 4>());
   }
   return cudaErrorInvalidValue;
 }

@@ -58,7 +58,8 @@ __global__ void __launch_bounds__(kMaxDirectThreads, 2)
   Running<T> total;
   total.add(raw);
   total.reduce();
-  if (blockDim.x > 32) total = Running<T>::template combine<kMaxDirectWarps>(exchange_parts(total.part()), blockDim.x / 32);
+  if (blockDim.x > 32)
+    total = Running<T>::template combine<kMaxDirectWarps>(exchange_parts(total.part()), blockDim.x / 32);
   const Normalizer<T> normalized(total);
   keep_packed(raw);
 #pragma unroll
@@ -74,8 +75,8 @@ __global__ void __launch_bounds__(kMaxDirectThreads, 2)
 
 template <class T, int V>
 __global__ void __launch_bounds__(kBackwardThreads, 1)
-    softmax_bwd_kernel(const T* dy_rows, const T* y_rows, T* dx_rows, int64_t cols, int64_t dy_stride,
-                       int64_t y_stride, RowShape shape) {
+    softmax_bwd_kernel(const T* dy_rows, const T* y_rows, T* dx_rows, int64_t cols, int64_t dy_stride, int64_t y_stride,
+                       RowShape shape) {
   extern __shared__ uint4 shared[];
   constexpr int n = kPerVector<T>;
   uint4* ring = shared;
@@ -139,7 +140,8 @@ __global__ void __launch_bounds__(kBackwardThreads)
     __syncwarp();  // keeps the compiler from unpacking all at once
   }
   dot = warp_reduce<Add>(dot);
-  if (blockDim.x > 32) dot = sum_parts<kMaxDirectWarps>(exchange_parts(make_float4(dot, 0.0f, 0.0f, 0.0f)), blockDim.x / 32).x;
+  if (blockDim.x > 32)
+    dot = sum_parts<kMaxDirectWarps>(exchange_parts(make_float4(dot, 0.0f, 0.0f, 0.0f)), blockDim.x / 32).x;
   keep_packed(in[0]);
   keep_packed(in[1]);
 #pragma unroll
@@ -173,8 +175,9 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
         Running<T> total;
         total.add(raw);
         total.reduce();
-        exchange.post(total.part(),
-                      [](const float4* parts, int warps) { return Running<T>::template combine<32>(parts, warps).part(); });
+        exchange.post(total.part(), [](const float4* parts, int warps) {
+          return Running<T>::template combine<32>(parts, warps).part();
+        });
       },
       [&](int stage, int row) {
         const Cover<T, kRagged> cover(x_rows + row * x_stride, shape.cols);
@@ -200,8 +203,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   extern __shared__ uint4 shared[];
   constexpr int V = kStreamVectors;
   ClusterExchange exchange(shared, shape.cluster);
-  RowStream<T, V, 2, kRagged> stream(shape, shared + exchange_bytes(blockDim.x, shape.cluster) / 16,
-                                     {dy_rows, y_rows}, {dy_stride, y_stride});
+  RowStream<T, V, 2, kRagged> stream(shape, shared + exchange_bytes(blockDim.x, shape.cluster) / 16, {dy_rows, y_rows},
+                                     {dy_stride, y_stride});
   exchange.start();
   stream.walk(
       [&](int stage, int row) {

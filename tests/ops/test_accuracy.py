@@ -80,11 +80,20 @@ def test_magnitudes(case: Case, backend: str, scale: float, device: str) -> None
     check(case, make_inputs(case, device, dtype, scale=scale), backend)
 
 
-@pytest.mark.parametrize("backend", COVERED["layer_norm"])
-@pytest.mark.parametrize("case", [c for c in ORDINARY if c.op == "layer_norm"], ids=lambda c: c.label)
-def test_large_mean(case: Case, backend: str, device: str) -> None:
-    """Values of 1000 +- 1: a variance taken as E[x^2] - E[x]^2 loses all its digits here."""
-    inputs = [(t.detach() + 1000.0).requires_grad_() for t in make_inputs(case, device, torch.float32)]
+@pytest.mark.parametrize(
+    ("cols", "backend", "dtype"),
+    [
+        pytest.param(cols, backend, dtype, id=f"{cols}-{backend}-{dtype_name(dtype)}")
+        for cols in (300, 5000, 9001, 40_000)
+        for backend in COVERED["layer_norm"]
+        for dtype in DTYPES
+        if supported("layer_norm", backend, dtype)
+    ],
+)
+def test_large_mean(cols: int, backend: str, dtype: torch.dtype, device: str) -> None:
+    """Means of 1000 deviations, 30 in bfloat16: a variance taken as E[x^2] - E[x]^2 loses all its digits here."""
+    case, mean = RowCase("layer_norm", 9, cols), 30.0 if dtype is torch.bfloat16 else 1000.0
+    inputs = [(t.detach() + mean).requires_grad_() for t in make_inputs(case, device, dtype)]
     check(case, inputs, backend)
 
 
