@@ -242,11 +242,12 @@ struct ParamPlanes {
     }
   }
 
-  // Past the slice this reads what follows in shared memory, the next plane or a ring: to be multiplied by nothing.
+  // Past the slice this reads its last vector, to be multiplied by nothing: what follows is another thread's to write.
   __device__ void read(int vector_in_slice, float (&f)[kPerVector<T>]) const {
+    const int vector = min(vector_in_slice, per_block - 1);
 #pragma unroll
     for (int plane = 0; plane < kPlanes; ++plane) {
-      *reinterpret_cast<float4*>(f + 4 * plane) = planes[plane * per_block + vector_in_slice];
+      *reinterpret_cast<float4*>(f + 4 * plane) = planes[plane * per_block + vector];
     }
   }
 };

@@ -137,10 +137,9 @@ def _run(op: str, backend: str | None, args: tuple[Any, ...]) -> Tensor:
     kernels = registry.choose(op, backend, args)
     if kernels is None:
         return getattr(reference, op)(*args)
-    if not args[0].is_cuda:
+    if not args[0].is_cuda or args[0].get_device() == torch.cuda.current_device():
         return autograd.apply(op, kernels, args)
-    # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device_of(args[0]):
+    with torch.cuda.device_of(args[0]):  # Triton launches on the current device, which need not be the tensors'
         return autograd.apply(op, kernels, args)
 
 
