@@ -271,6 +271,24 @@ inline Vec erf(Vec x) {
   return x == x ? y : x;
 }
 
+// erf to 4e-7, for results of 16 bits: x P(x^2) / Q(x^2), fitted here to |x| <= 4, where erf rounds to 1.
+inline Vec erf_rough(Vec x) {
+  x = min(splat(4.0f), max(splat(-4.0f), x));
+  const Vec t = x * x;
+  Vec p = splat(1.98666e-6f), q = splat(3.74181e-5f);
+  p = p * t + 2.84551468e-4f;
+  q = q * t + 1.18551415e-3f;
+  p = p * t + 3.88319371e-3f;
+  q = q * t + 1.52069554e-2f;
+  p = p * t + 5.31012379e-2f;
+  q = q * t + 1.15348987e-1f;
+  p = p * t + 1.93543166e-1f;
+  q = q * t + 5.04855752e-1f;
+  p = p * t + 1.12837911f;
+  q = q * t + 1.0f;
+  return x * p / q;
+}
+
 inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
 
 inline Vec square_root(Vec v) {
