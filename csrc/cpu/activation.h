@@ -8,15 +8,10 @@ namespace llmfast::cpu::LLMFAST_VARIANT {
 constexpr float kTwoRootTwoOverPi = 1.5957691216f;
 constexpr float kCubic = 0.044715f;
 
-template <class T>
-inline Vec erf_for(Vec x) {
-  return sizeof(T) == 2 ? erf_rough(x) : erf(x);
-}
-
-template <class T, bool kTanh>
+template <bool kTanh>
 inline Vec gelu(Vec x) {
   if constexpr (kTanh) return x * sigmoid(kTwoRootTwoOverPi * (x + kCubic * x * x * x));
-  return 0.5f * x * (1.0f + erf_for<T>(0.70710678f * x));
+  return 0.5f * x * (1.0f + erf(0.70710678f * x));
 }
 
 // sigmoid(x) and its derivative, without the cancellation of 1 - sigmoid for large x.
@@ -29,13 +24,13 @@ struct Sigmoid {
   }
 };
 
-template <class T, bool kTanh>
+template <bool kTanh>
 inline Vec gelu_slope(Vec x) {
   if constexpr (kTanh) {
     const Sigmoid s(kTwoRootTwoOverPi * (x + kCubic * x * x * x));
     return s.value + x * s.slope * kTwoRootTwoOverPi * (1.0f + 3.0f * kCubic * x * x);
   }
-  return 0.5f * (1.0f + erf_for<T>(0.70710678f * x)) + x * 0.39894228f * exp(-0.5f * x * x);
+  return 0.5f * (1.0f + erf(0.70710678f * x)) + x * 0.39894228f * exp(-0.5f * x * x);
 }
 
 template <class T, bool kTanh>
@@ -46,7 +41,7 @@ void gelu_rows(const Gelu& a, int64_t begin, int64_t end) {
     sweep(a.cols, [&](int64_t i, auto part) {
       Vec v = load(x + i, part);
       if (a.bias) v += load(a.bias + i, part);
-      store(y + i, gelu<T, kTanh>(v), part);
+      store(y + i, gelu<kTanh>(v), part);
     });
   }
 }
@@ -58,15 +53,20 @@ void gelu_fwd(const Gelu& a, int64_t begin, int64_t end) {
 
 template <class T, bool kTanh, int kRows>
 void gelu_bwd_rows(const GeluBwd& a, int64_t first, float* dbias) {
-  sweep(a.cols, [&](int64_t i, auto part) {
-    const Vec bias = a.bias ? load(a.bias + i, part) : Vec{};
+  const T *dy[kRows], *x[kRows];
+  T* dx[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    dy[r] = static_cast<const T*>(a.dy) + (first + r) * a.dy_stride;
+    x[r] = static_cast<const T*>(a.x) + (first + r) * a.x_stride;
+    dx[r] = static_cast<T*>(a.dx) + (first + r) * a.cols;
+  }
+  const float* added = a.bias;
+  sweep(a.cols, [=](int64_t i, auto part) {
+    const Vec bias = added ? load(added + i, part) : Vec{};
     Vec total = {};
     for (int r = 0; r < kRows; ++r) {
-      const T* dy = static_cast<const T*>(a.dy) + (first + r) * a.dy_stride;
-      const T* x = static_cast<const T*>(a.x) + (first + r) * a.x_stride;
-      T* dx = static_cast<T*>(a.dx) + (first + r) * a.cols;
-      const Vec g = load(dy + i, part) * gelu_slope<T, kTanh>(load(x + i, part) + bias);
-      store(dx + i, g, part);
+      const Vec g = load(dy[r] + i, part) * gelu_slope<kTanh>(load(x[r] + i, part) + bias);
+      store(dx[r] + i, g, part);
       total += g;
     }
     if (dbias) store(dbias + i, load(dbias + i, part) + total, part);
