@@ -95,15 +95,12 @@ def ninja_file(name: str, folder: Path, compiler: str) -> str:
         lines.append(f"build {objects[-1]}: {rule} {source}\n flags = {flags}")
 
     libs = ""
-    for source in sorted((CSRC / name).glob("*.cpp")):
-        if not source.stem.endswith("variant"):
-            compile("cxx", source, define)
     if name == "cpu":
-        for variant, flags in VARIANTS.items():
+        for variant, flags in reversed(VARIANTS.items()):  # what takes longest first
             flags = f"-DLLMFAST_VARIANT={variant} {flags}"
-            compile("cxx", CSRC / "cpu/attention_variant.cpp", flags, f"-{variant}")
             if variant != "avx512_bf16":  # its other kernels are avx512's; -O3 unrolls loops over a few rows
                 compile("cxx", CSRC / "cpu/variant.cpp", f"-O3 {flags}", f"-{variant}")
+            compile("cxx", CSRC / "cpu/attention_variant.cpp", flags, f"-{variant}")
     else:
         nvcc = find_nvcc()
         assert nvcc is not None
@@ -116,6 +113,9 @@ def ninja_file(name: str, folder: Path, compiler: str) -> str:
         lines.append(f"rule nvcc\n command = {command}\n depfile = $out.d")
         for source in sorted((CSRC / name).glob("*.cu")):
             compile("nvcc", source, "")
+    for source in sorted((CSRC / name).glob("*.cpp")):
+        if not source.stem.endswith("variant"):
+            compile("cxx", source, define)
     lines.append(f"build {folder}/_{name}.so: link {' '.join(objects)} | {folder}/libtorch.so")
     lines.append(f" objects = {' '.join(objects)}\n stub = {folder}/libtorch.so\n libs = {libs}\n")
     return "\n".join(lines)

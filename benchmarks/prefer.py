@@ -55,7 +55,7 @@ def text() -> str:
         if len({r["provider"] for r in rows if r["ours"] and r["ms"]}) < 2:  # nothing to choose between
             continue
         pairs = ", ".join(f'({limit}, "{backend}")' for limit, backend in classes(fastest(rows)))
-        lines.append(f'    "{file.stem}": ({pairs},),\n')
+        lines.append(f'    "{file.stem}": ({pairs}{"," if pairs.count("(") == 1 else ""}),\n')
     return HEAD + "".join(lines) + "}\n"
 
 

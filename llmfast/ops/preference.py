@@ -3,8 +3,5 @@
 # Op -> (longest row, backend), in order of length; the last one holds for longer rows too.
 PREFERRED: dict[str, tuple[tuple[int, str], ...]] = {
     "layer_norm": ((131072, "cuda"),),
-    "softmax": (
-        (8192, "triton"),
-        (131072, "cuda"),
-    ),
+    "softmax": ((8192, "triton"), (131072, "cuda")),
 }
