@@ -37,10 +37,10 @@ def load(name: Name) -> ctypes.CDLL:
     if _CSRC.is_dir() and built_from != source_hash(_CSRC, name):
         raise BackendError(f"{path} was built from other sources than are in {_CSRC} now; {_REBUILD}")
     schemas.define()
+    if name == "cuda" and torch.version.cuda is None:
+        raise BackendError(f"torch {torch.__version__} is a build without CUDA; install one with it")
     if library.llmfast_register() != 0:
-        raise BackendError(
-            f"torch {torch.__version__} refused to register the ops of {path}; llmfast needs torch>=2.11"
-        )
+        raise BackendError(f"torch {torch.__version__} refused to register the ops of {path}; torch 2.11 is the oldest")
     if name == "cpu":
         _select_variant(library)
     return library
