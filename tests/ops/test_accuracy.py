@@ -181,6 +181,19 @@ def test_attention_does_not_read_past_its_keys(backend: str, device: str) -> Non
     assert torch.equal(cached, ops.attention(q, k, v, causal=True, backend=backend))
 
 
+@pytest.mark.parametrize("backend", COVERED["attention"])
+@pytest.mark.parametrize("queries", [1, 30])
+def test_attention_scores_that_rise_along_the_keys(queries: int, backend: str, device: str) -> None:
+    """By 3000 from the first key to the last: exponentials against any but the largest maximum overflow."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    q, k, v = make_inputs(AttentionCase(1, queries, 600, 2, 1, 64, False), device, torch.float32)
+    q, k, v = q.detach(), k.detach(), v.detach()
+    q[..., 0], k[..., 0] = 8.0, torch.linspace(0, 3000, 600, device=device)[None, :, None]
+    truth = ops.attention(q.double(), k.double(), v.double(), backend="reference")
+    torch.testing.assert_close(ops.attention(q, k, v, backend=backend).double(), truth, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("backend", COVERED["softmax"])
 @pytest.mark.parametrize("cols", [50, 40_000])
 def test_softmax_infinities(backend: str, cols: int, device: str) -> None:
