@@ -162,11 +162,9 @@ class BuildNative(build_ext):
         record = {}
         for name in ("cpu", "cuda"):
             target, start = package / f"_{name}.so", time.monotonic()
-            target.unlink(missing_ok=True)
+            target.unlink(missing_ok=True)  # not written over: a process that has the old library open keeps it
             try:
-                # Beside the old one and renamed: a process that has the old library open keeps it.
-                shutil.copy2(build(name, ROOT / "build/native"), package / f"_{name}.new")
-                (package / f"_{name}.new").replace(target)
+                shutil.copy2(build(name, ROOT / "build/native"), target)
                 record[name] = {"built": True, "seconds": round(time.monotonic() - start, 1)}
             except Unavailable as error:
                 strict = os.environ.get("LLMFAST_STRICT", "0") not in ("", "0")

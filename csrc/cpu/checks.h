@@ -11,4 +11,10 @@ inline DType check_floats(const Argument& a) {
 }
 inline void check_dtype(const Argument& a, DType dtype) { check_tensor(a, {dtype}, aoti_torch_device_type_cpu()); }
 
+inline Rows rows_like(const Argument& a, const Argument& other, DType dtype) {
+  check_dtype(a, dtype);
+  check_same_shape(a, other);
+  return rows_of(a);
+}
+
 }  // namespace llmfast::cpu

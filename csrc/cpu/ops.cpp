@@ -48,11 +48,9 @@ Tensor softmax_fwd(const Tensor& x) {
 }
 
 Tensor softmax_bwd(const Tensor& dy, const Tensor& y) {
-  const Argument y_arg{"softmax_bwd", "y", y}, dy_arg{"softmax_bwd", "dy", dy};
-  const DType dtype = check_floats(y_arg);
-  check_dtype(dy_arg, dtype);
-  check_same_shape(dy_arg, y_arg);
-  const Rows ys = rows_of(y_arg), dys = rows_of(dy_arg);
+  const Argument arg{"softmax_bwd", "y", y};
+  const DType dtype = check_floats(arg);
+  const Rows ys = rows_of(arg), dys = rows_like({"softmax_bwd", "dy", dy}, arg, dtype);
   Tensor dx = empty_like(y);
   parallel(kernels().softmax_bwd.kernel[index_of(dtype)],
            {dys.data, ys.data, dys.stride, ys.stride, dx.data(), ys.cols}, ys.rows, ys.cols);
@@ -76,11 +74,9 @@ std::tuple<Tensor, Tensor, Tensor> norm_fwd(const char* op, const ByDtype<NormFw
 std::tuple<Tensor, Tensor, Tensor> norm_bwd(const char* op, const ByDtype<NormBwd>& kernel, const Tensor& dy,
                                             const Tensor& x, const Tensor& weight, const Tensor* mean,
                                             const Tensor& rstd) {
-  const Argument x_arg{op, "x", x}, dy_arg{op, "dy", dy};
-  const DType dtype = check_floats(x_arg);
-  check_dtype(dy_arg, dtype);
-  check_same_shape(dy_arg, x_arg);
-  const Rows xs = rows_of(x_arg), dys = rows_of(dy_arg);
+  const Argument arg{op, "x", x};
+  const DType dtype = check_floats(arg);
+  const Rows xs = rows_of(arg), dys = rows_like({op, "dy", dy}, arg, dtype);
   const Parameter w({op, "weight", weight}, xs.cols);
   const float* means = mean ? statistic({op, "mean", *mean}, xs.rows) : nullptr;
   const float* rstds = statistic({op, "rstd", rstd}, xs.rows);
@@ -128,12 +124,11 @@ Tensor bias_gelu_fwd(const Tensor& x, const Optional& bias, bool tanh) {
 
 // dbias is empty where there is no bias.
 std::tuple<Tensor, Tensor> bias_gelu_bwd(const Tensor& dy, const Tensor& x, const Optional& bias, bool tanh) {
-  const Argument x_arg{"bias_gelu_bwd", "x", x}, dy_arg{"bias_gelu_bwd", "dy", dy};
-  const DType dtype = check_floats(x_arg);
-  check_dtype(dy_arg, dtype);
-  check_same_shape(dy_arg, x_arg);
-  const Rows xs = rows_of(x_arg), dys = rows_of(dy_arg);
-  const Parameter b({"bias_gelu_bwd", "bias", bias.tensor}, xs.cols);
+  const char* op = "bias_gelu_bwd";
+  const Argument arg{op, "x", x};
+  const DType dtype = check_floats(arg);
+  const Rows xs = rows_of(arg), dys = rows_like({op, "dy", dy}, arg, dtype);
+  const Parameter b({op, "bias", bias.tensor}, xs.cols);
   const Chunks chunks(xs.rows);
   Tensor dx = empty_like(x), partial = empty_float32({bias ? chunks.count : 0, xs.cols}, x);
   parallel(kernels().gelu_bwd.kernel[index_of(dtype)],
@@ -145,11 +140,9 @@ std::tuple<Tensor, Tensor> bias_gelu_bwd(const Tensor& dy, const Tensor& x, cons
 }
 
 Tensor swiglu_fwd(const Tensor& gate, const Tensor& up) {
-  const Argument gate_arg{"swiglu_fwd", "gate", gate}, up_arg{"swiglu_fwd", "up", up};
-  const DType dtype = check_floats(gate_arg);
-  check_dtype(up_arg, dtype);
-  check_same_shape(up_arg, gate_arg);
-  const Rows gates = rows_of(gate_arg), ups = rows_of(up_arg);
+  const Argument arg{"swiglu_fwd", "gate", gate};
+  const DType dtype = check_floats(arg);
+  const Rows gates = rows_of(arg), ups = rows_like({"swiglu_fwd", "up", up}, arg, dtype);
   Tensor y = empty_like(gate);
   parallel(kernels().swiglu_fwd.kernel[index_of(dtype)],
            {gates.data, ups.data, gates.stride, ups.stride, y.data(), gates.cols}, gates.rows, gates.cols);
@@ -157,13 +150,11 @@ Tensor swiglu_fwd(const Tensor& gate, const Tensor& up) {
 }
 
 std::tuple<Tensor, Tensor> swiglu_bwd(const Tensor& dy, const Tensor& gate, const Tensor& up) {
-  const Argument gate_arg{"swiglu_bwd", "gate", gate}, up_arg{"swiglu_bwd", "up", up}, dy_arg{"swiglu_bwd", "dy", dy};
-  const DType dtype = check_floats(gate_arg);
-  for (const Argument& other : {up_arg, dy_arg}) {
-    check_dtype(other, dtype);
-    check_same_shape(other, gate_arg);
-  }
-  const Rows gates = rows_of(gate_arg), ups = rows_of(up_arg), dys = rows_of(dy_arg);
+  const char* op = "swiglu_bwd";
+  const Argument arg{op, "gate", gate};
+  const DType dtype = check_floats(arg);
+  const Rows gates = rows_of(arg), ups = rows_like({op, "up", up}, arg, dtype);
+  const Rows dys = rows_like({op, "dy", dy}, arg, dtype);
   Tensor dgate = empty_like(gate), dup = empty_like(gate);
   parallel(kernels().swiglu_bwd.kernel[index_of(dtype)],
            {dys.data, gates.data, ups.data, dys.stride, gates.stride, ups.stride, dgate.data(), dup.data(), gates.cols},

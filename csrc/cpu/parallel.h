@@ -1,7 +1,6 @@
 // Runs a kernel's range of work on torch's own threads: no second pool, and torch.set_num_threads holds for it too.
 #pragma once
 #include <algorithm>
-#include <atomic>
 
 #include "../tensor.h"
 #include "kernels.h"
@@ -15,8 +14,6 @@ template <class Args>
 struct Task {
   Kernel<Args> kernel;
   const Args* args;
-  std::atomic<int64_t> next{0};
-  int64_t items = 0;
 };
 
 // Contiguous shares of `items`, each of `work` elements.
@@ -35,18 +32,6 @@ inline int64_t threads() {
   uint32_t n = 1;
   LLMFAST_TORCH(torch_get_num_threads(&n));
   return n;
-}
-
-// Items of unequal work, in order, each to the next free thread.
-template <class Args>
-void parallel_dynamic(Kernel<Args> kernel, const Args& args, int64_t items) {
-  Task<Args> task{kernel, &args};
-  task.items = items;
-  const auto run = [](int64_t, int64_t, void* context) {
-    auto& t = *static_cast<Task<Args>*>(context);
-    for (int64_t i; (i = t.next.fetch_add(1)) < t.items;) t.kernel(*t.args, i, i + 1);
-  };
-  LLMFAST_TORCH(torch_parallel_for(0, std::min(items, threads()), 1, run, &task));
 }
 
 // Rows in chunks, one partial sum of `cols` floats each, then the sum of the partials: two short chains of additions

@@ -69,7 +69,7 @@ struct Part {
   int64_t n;
 };
 template <class T>
-inline Vec load(const T* p, Full, float = 0.0f) {
+inline Vec load(const T* p, Full) {
   return load(p);
 }
 template <class T>
@@ -116,11 +116,11 @@ inline void finish_streaming() {
 #endif
 }
 
-inline Vec keep(Vec v, Full, float = 0.0f) { return v; }
-inline Vec keep(Vec v, Part part, float other = 0.0f) {
+inline Vec keep(Vec v, Full) { return v; }
+inline Vec keep(Vec v, Part part) {
   float lanes[W];
   store(lanes, v);
-  for (int64_t i = part.n; i < W; ++i) lanes[i] = other;
+  for (int64_t i = part.n; i < W; ++i) lanes[i] = 0.0f;
   return load(lanes);
 }
 

@@ -59,7 +59,7 @@ def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str) 
 
 def bias_gelu_limits(x: Tensor, bias: Tensor | None, approximate: str) -> str | None:
     """Why x has no rows to work on."""
-    return "needs at least one dimension and one element in the last" if x.dim() == 0 or x.shape[-1] == 0 else None
+    return _without_rows(x)
 
 
 def gelu_fwd(x: Tensor, approximate: str) -> Tensor:
@@ -74,7 +74,7 @@ def gelu_bwd(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
 
 def gelu_limits(x: Tensor, approximate: str) -> str | None:
     """Why x has no rows to work on."""
-    return bias_gelu_limits(x, None, approximate)
+    return _without_rows(x)
 
 
 def swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 def swiglu_limits(gate: Tensor, up: Tensor) -> str | None:
     """Why gate has no rows to work on."""
-    return bias_gelu_limits(gate, None, "none")
+    return _without_rows(gate)
 
 
 def rope_fwd(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -182,6 +182,10 @@ def as_rows(x: Tensor) -> Tensor:
     for (_, stride), (n, inner) in zip(outer, outer[1:], strict=False):
         even = even and stride == n * inner
     return x if even else x.contiguous()
+
+
+def _without_rows(x: Tensor) -> str | None:
+    return "needs at least one dimension and one element in the last" if x.dim() == 0 or x.shape[-1] == 0 else None
 
 
 def _adjacent(x: Tensor) -> Tensor:

@@ -9,13 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, reference, registry
+from . import autograd, registry
 
 
 @torch.compiler.allow_in_graph
 def run(op: str, backend: str | None, *args: Any) -> Tensor:
     """The op by the backend chosen now; the compiler follows its tensors alone."""
-    kernels = registry.choose(op, backend, args, traced=True)
-    if kernels is None:
-        return getattr(reference, op)(*args)
-    return autograd.apply(op, kernels, args)
+    return autograd.apply(op, registry.choose(op, backend, args, traced=True), args)

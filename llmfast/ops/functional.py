@@ -135,9 +135,7 @@ def _run(op: str, backend: str | None, args: tuple[Any, ...]) -> Tensor:
 
         return compiled.run(op, backend, *args)
     kernels = registry.choose(op, backend, args)
-    if kernels is None:
-        return getattr(reference, op)(*args)
-    if not args[0].is_cuda or args[0].get_device() == torch.cuda.current_device():
+    if kernels is None or not args[0].is_cuda or args[0].get_device() == torch.cuda.current_device():
         return autograd.apply(op, kernels, args)
     with torch.cuda.device_of(args[0]):  # Triton launches on the current device, which need not be the tensors'
         return autograd.apply(op, kernels, args)

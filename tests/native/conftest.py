@@ -7,8 +7,8 @@ from llmfast.native import library
 
 
 @pytest.fixture(autouse=True)
-def built() -> None:
+def built(request: pytest.FixtureRequest) -> None:
     try:
-        library.load("cpu")
+        library.load(getattr(request.module, "LIBRARY", "cpu"))
     except BackendError as error:
         pytest.skip(str(error))

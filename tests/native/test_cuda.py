@@ -1,49 +1,29 @@
 """What only a GPU shows of the CUDA ops: opcheck, refusals, targets out of range, leaks, and torch.compile."""
 
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
 
 from llmfast import ops
-from llmfast.errors import BackendError
-from llmfast.native import library
+from llmfast.testing.arguments import native_arguments
 from llmfast.testing.cases import CrossEntropyCase, RowCase, make_inputs
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(autouse=True)
-def built() -> None:
-    try:
-        library.load("cuda")
-    except BackendError as error:
-        pytest.skip(str(error))
+LIBRARY = "cuda"  # which conftest loads
+WITHOUT = {"swiglu_fwd", "swiglu_bwd", "rope", "attention_fwd", "attention_bwd", "adamw_"}
+OPS = [op for op in native_arguments() if op not in WITHOUT]
 
 
-def good(dtype: torch.dtype) -> dict[str, list[object]]:
-    """Right arguments of every CUDA op, by name."""
-
-    def t(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(shape, device="cuda").to(dtype)
-
-    f32 = torch.float32
-    row, stats, targets = t(6, dtype=f32), t(4, dtype=f32), torch.tensor([0, 5, -100, 2], device="cuda")
-    return {
-        "softmax_fwd": [t(4, 6)],
-        "softmax_bwd": [t(4, 6), t(4, 6)],
-        "layer_norm_fwd": [t(4, 6), row, row, 1e-5],
-        "layer_norm_bwd": [t(4, 6), t(4, 6), row, stats, stats],
-        "rms_norm_fwd": [t(4, 6), row, 1e-6],
-        "rms_norm_bwd": [t(4, 6), t(4, 6), row, stats],
-        "bias_gelu_fwd": [t(4, 6), row, True],
-        "bias_gelu_bwd": [t(4, 6), t(4, 6), row, False],
-        "cross_entropy_fwd": [t(4, 6), targets, -100],
-        "cross_entropy_bwd": [t(dtype=f32), t(4, 6), targets, t(2, 4, dtype=f32), t(dtype=f32), -100],
-    }
+def good(dtype: torch.dtype) -> dict[str, list[Any]]:
+    arguments = native_arguments(dtype, "cuda")
+    return {op: arguments[op] for op in OPS}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("op", list(good(torch.float32)) if torch.cuda.is_available() else [])
+@pytest.mark.parametrize("op", OPS)
 def test_opcheck(op: str, dtype: torch.dtype) -> None:
     torch.library.opcheck(getattr(torch.ops.llmfast, op).default, tuple(good(dtype)[op]))
 
