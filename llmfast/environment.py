@@ -1,11 +1,13 @@
 """The only module that reads or sets environment variables."""
 
+import functools
 import os
 from pathlib import Path
 
 
+@functools.cache
 def backend() -> str:
-    """`LLMFAST_BACKEND`: the default kernel backend, `auto` when unset."""
+    """`LLMFAST_BACKEND`: the default kernel backend, `auto` when unset. Read once, as every call of an op asks."""
     return os.environ.get("LLMFAST_BACKEND") or "auto"
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import InputError
 from . import autograd, reference, registry
 
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 
 def softmax(x: Tensor, *, backend: str | None = None) -> Tensor:
@@ -141,33 +141,31 @@ def _run(op: str, backend: str | None, args: tuple[Any, ...]) -> Tensor:
         return autograd.apply(op, kernels, args)
 
 
-def _check_float(op: str, *, optional: tuple[str, ...] = (), **tensors: Tensor | None) -> None:
-    """All tensors are floating point and on the first one's device; those named `optional` may be None."""
-    first_name, first = next(iter(tensors.items()))
+def _check_float(op: str, **tensors: Tensor) -> None:
+    """All tensors are floating point and on the first one's device."""
+    device = None
     for name, t in tensors.items():
-        if t is None and name in optional:
-            continue
-        if not isinstance(t, Tensor) or not isinstance(first, Tensor):
+        if not isinstance(t, Tensor):
             raise InputError(f"{op}: {name} must be a torch.Tensor, not {type(t).__name__}")
         if t.dtype not in FLOATS:
             raise InputError(f"{op}: {name} has dtype {t.dtype}; it must be a floating-point tensor")
-        if t.device != first.device:
-            raise InputError(f"{op}: {name} is on {t.device} but {first_name} on {first.device}; move it there")
+        device = device or t.device
+        if t.device != device:
+            raise InputError(f"{op}: {name} is on {t.device} but {next(iter(tensors))} on {device}; move it there")
 
 
-def _check_row(op: str, x: Tensor, **parameters: Tensor | None) -> None:
-    """x has a last dimension, and each parameter is (N,) of x's dtype or of float32."""
-    if x.dim() == 0 or x.shape[-1] == 0:
+def _check_rows(op: str, x: Tensor, **parameters: Tensor | None) -> None:
+    """x has a last dimension N, and each parameter that is there is (N,), of x's dtype or of float32."""
+    present = {name: p for name, p in parameters.items() if p is not None}
+    _check_float(op, x=x, **present)
+    length, dtype = x.shape[-1] if x.dim() else 0, x.dtype
+    if length == 0:
         raise InputError(f"{op}: x has shape {tuple(x.shape)}; its last dimension must hold at least one element")
-    for name, p in parameters.items():
-        if p is None:
-            continue
-        if p.shape != x.shape[-1:]:
-            raise InputError(
-                f"{op}: {name} has shape {tuple(p.shape)}; it must be ({x.shape[-1]},), as x's last dimension"
-            )
-        if p.dtype not in (x.dtype, torch.float32):
-            allowed = " or ".join(dict.fromkeys((str(x.dtype), "torch.float32")))
+    for name, p in present.items():
+        if p.shape != (length,):
+            raise InputError(f"{op}: {name} has shape {tuple(p.shape)}; it must be ({length},), as x's last dimension")
+        if p.dtype is not dtype and p.dtype is not torch.float32:
+            allowed = " or ".join(dict.fromkeys((str(dtype), "torch.float32")))
             raise InputError(f"{op}: {name} has dtype {p.dtype}; with this x it must be {allowed}")
 
 
@@ -177,22 +175,19 @@ def _check_approximate(op: str, approximate: str) -> None:
 
 
 def _softmax_args(x: Tensor) -> tuple[Any, ...]:
-    _check_float("softmax", x=x)
-    _check_row("softmax", x)
+    _check_rows("softmax", x)
     return (x,)
 
 
 def _layer_norm_args(
     x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> tuple[Any, ...]:
-    _check_float("layer_norm", optional=("weight", "bias"), x=x, weight=weight, bias=bias)
-    _check_row("layer_norm", x, weight=weight, bias=bias)
+    _check_rows("layer_norm", x, weight=weight, bias=bias)
     return x, weight, bias, eps
 
 
 def _rms_norm_args(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> tuple[Any, ...]:
-    _check_float("rms_norm", optional=("weight",), x=x, weight=weight)
-    _check_row("rms_norm", x, weight=weight)
+    _check_rows("rms_norm", x, weight=weight)
     return x, weight, eps
 
 
@@ -232,8 +227,7 @@ def _gelu_args(x: Tensor, *, approximate: str = "none") -> tuple[Any, ...]:
 
 
 def _bias_gelu_args(x: Tensor, bias: Tensor | None = None, *, approximate: str = "none") -> tuple[Any, ...]:
-    _check_float("bias_gelu", optional=("bias",), x=x, bias=bias)
-    _check_row("bias_gelu", x, bias=bias)
+    _check_rows("bias_gelu", x, bias=bias)
     _check_approximate("bias_gelu", approximate)
     return x, bias, approximate
 

@@ -7,7 +7,7 @@ does so on a device that a kernel exists for, it warns once, and `explain` gives
 import functools
 import importlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ REFERENCE = "reference"
 AUTO = "auto"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a row equals itself alone, which makes it a cheap key of the caches below
 class Backend:
     """One implementation of one op.
 
@@ -107,21 +107,32 @@ def _load(module: str) -> ModuleType | str:
         return f"{module} cannot be imported: {type(error).__name__}: {error}".splitlines()[0]
 
 
-def _why_not(op: str, backend: Backend, args: tuple[Any, ...]) -> str | None:
-    device, dtype = args[0].device.type, args[0].dtype
-    interpreted = backend.name == "triton" and device == "cpu" and environment.triton_interpreted()
-    if device not in backend.devices and not interpreted:
-        remedy = " (TRITON_INTERPRET=1 runs it on the CPU, for tests)" if backend.name == "triton" else ""
-        return f"runs on {'/'.join(sorted(backend.devices))}, not on {device}{remedy}"
-    if dtype not in backend.dtypes:
+@functools.cache
+def _unfit(row: Backend, device: str, dtype: torch.dtype, interpreted: bool) -> str | None:
+    """Why `row` runs no call at all on this device and dtype."""
+    if device not in row.devices and not interpreted:
+        remedy = " (TRITON_INTERPRET=1 runs it on the CPU, for tests)" if row.name == "triton" else ""
+        return f"runs on {'/'.join(sorted(row.devices))}, not on {device}{remedy}"
+    if dtype not in row.dtypes:
         return f"has no {str(dtype).removeprefix('torch.')} kernel"
     if interpreted and dtype is torch.bfloat16:
         return "Triton's CPU interpreter computes bfloat16 wrongly; use float32 or float16"
-    module = _load(backend.module)
-    if isinstance(module, str):
-        return module
-    limits = getattr(module, f"{op}_limits", None)
-    return limits(*args) if limits else None
+    module = _load(row.module)
+    return module if isinstance(module, str) else None
+
+
+@functools.cache
+def _limits(op: str, module: str) -> Callable[..., str | None] | None:
+    return getattr(_load(module), f"{op}_limits", None)
+
+
+def _why_not(op: str, row: Backend, args: tuple[Any, ...]) -> str | None:
+    device = args[0].device.type
+    interpreted = row.name == "triton" and device == "cpu" and environment.triton_interpreted()
+    reason = _unfit(row, device, args[0].dtype, interpreted)
+    if reason is None and (limits := _limits(op, row.module)):
+        return limits(*args)
+    return reason
 
 
 @functools.cache
@@ -130,14 +141,19 @@ def _warn_once(op: str, reasons: str) -> None:
     warnings.warn(BackendFallbackWarning(message), stacklevel=5)
 
 
-def _in_order(op: str, args: tuple[Any, ...]) -> list[Backend]:
-    """The backends that auto tries on the device of `args`: the one measured fastest for such rows first."""
-    rows = [row for row in BACKENDS[op] if args[0].device.type in row.devices]  # so it never takes the interpreter
-    if len(rows) > 1 and op in PREFERRED and args[0].dim() > 0:
-        length = args[0].shape[-1]
+@functools.lru_cache(maxsize=4096)
+def _in_order(op: str, rows: tuple[Backend, ...], device: str, length: int) -> list[Backend]:
+    """The `rows` that auto tries on `device`: the one measured fastest for rows of this length first."""
+    here = [row for row in rows if device in row.devices]  # so it never takes the interpreter
+    if len(here) > 1 and op in PREFERRED:
         best = next((name for limit, name in PREFERRED[op] if length <= limit), PREFERRED[op][-1][1])
-        rows.sort(key=lambda row: row.name != best)
-    return rows
+        here.sort(key=lambda row: row.name != best)
+    return here
+
+
+def _tried(op: str, args: tuple[Any, ...]) -> list[Backend]:
+    x = args[0]
+    return _in_order(op, BACKENDS[op], x.device.type, x.shape[-1] if x.dim() else 1)
 
 
 def choose(op: str, requested: str | None, args: tuple[Any, ...], *, traced: bool = False) -> ModuleType | None:
@@ -151,14 +167,16 @@ def choose(op: str, requested: str | None, args: tuple[Any, ...], *, traced: boo
     name = current_backend() if requested is None else _check_name(requested, "backend=")
     if name == REFERENCE:
         return None
-    rows = _in_order(op, args) if name == AUTO else [row for row in BACKENDS[op] if row.name == name]
+    rows = _tried(op, args) if name == AUTO else [row for row in BACKENDS[op] if row.name == name]
     if requested is not None and name != AUTO and not rows:
         raise BackendError(f"{op}: there is no {name} backend for it; use backend='auto'")
     reasons = []
     for row in rows:
         reason = "is not traced by torch.compile" if traced and row.name == "triton" else _why_not(op, row, args)
         if reason is None:
-            return importlib.import_module(row.module)
+            module = _load(row.module)
+            assert not isinstance(module, str)  # or _why_not had said so
+            return module
         reasons.append(f"{row.name} {reason}")
     if not reasons:
         return None
@@ -175,7 +193,7 @@ def chosen(op: str, args: tuple[Any, ...]) -> str:
     name = current_backend()
     if name != AUTO:
         return name if name in {row.name for row in BACKENDS[op]} else REFERENCE
-    return next((row.name for row in _in_order(op, args) if _why_not(op, row, args) is None), REFERENCE)
+    return next((row.name for row in _tried(op, args) if _why_not(op, row, args) is None), REFERENCE)
 
 
 def reasons(op: str, args: tuple[Any, ...]) -> dict[str, str | None]:

@@ -5,7 +5,7 @@ import importlib.util
 import inspect
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from llmfast import ops
+from llmfast import environment, ops
 from llmfast.errors import BackendError, InputError
 from llmfast.ops import BackendFallbackWarning, autograd, reference, registry
 from llmfast.ops.registry import BACKENDS, Backend
@@ -22,9 +22,19 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LLMFAST_BACKEND", raising=False)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("LLMFAST_STRICT", raising=False)
+    set_default(None, monkeypatch)
+    yield
+    environment.backend.cache_clear()
+
+
+def set_default(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LLMFAST_BACKEND as a new process would read it."""
+    monkeypatch.delenv("LLMFAST_BACKEND", raising=False)
+    if name is not None:
+        monkeypatch.setenv("LLMFAST_BACKEND", name)
+    environment.backend.cache_clear()
 
 
 def ran(y: Tensor) -> str:
@@ -88,8 +98,7 @@ def test_precedence(
     device: str,
 ) -> None:
     """Argument > use_backend > LLMFAST_BACKEND > auto, which takes a kernel and never the interpreter."""
-    if variable is not None:
-        monkeypatch.setenv("LLMFAST_BACKEND", variable)
+    set_default(variable, monkeypatch)
     if expected == "auto":
         with ops.use_backend("auto"):
             expected = registry.chosen("softmax", (torch.randn(2, 8, device=device),))
@@ -157,7 +166,7 @@ def by_block(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def by_variable(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLMFAST_BACKEND", name)
+    set_default(name, monkeypatch)
     ops.softmax(torch.ones(2))
 
 
@@ -202,7 +211,7 @@ def test_a_backend_asked_for_runs_or_says_why_not(
         torch.testing.assert_close(call(device), expected)
     with ops.use_backend("triton"), pytest.raises(BackendError, match=reason):
         call(device)
-    monkeypatch.setenv("LLMFAST_BACKEND", "triton")
+    set_default("triton", monkeypatch)
     with pytest.raises(BackendError, match=reason):
         call(device)
 
@@ -223,7 +232,7 @@ def test_op_without_the_backend(op: str, monkeypatch: pytest.MonkeyPatch, device
     expected = getattr(ops, op)(*arguments, backend="reference")
     with ops.use_backend("triton"):
         assert torch.equal(getattr(ops, op)(*arguments), expected)
-    monkeypatch.setenv("LLMFAST_BACKEND", "triton")
+    set_default("triton", monkeypatch)
     assert torch.equal(getattr(ops, op)(*arguments), expected)
 
 
