@@ -57,6 +57,12 @@ class Device:
     peak_bytes_per_s: float | None
 
 
+@functools.cache
+def several_gpus() -> bool:
+    """Whether a tensor on a GPU may lie on another than the current one."""
+    return torch.cuda.device_count() > 1
+
+
 def default_device() -> torch.device:
     """The first CUDA device if there is one, else the CPU."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

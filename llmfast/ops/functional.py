@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..hardware import several_gpus
 from . import autograd, reference, registry
 
 FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
@@ -135,9 +136,10 @@ def _run(op: str, backend: str | None, args: tuple[Any, ...]) -> Tensor:
 
         return compiled.run(op, backend, *args)
     kernels = registry.choose(op, backend, args)
-    if kernels is None or not args[0].is_cuda or args[0].get_device() == torch.cuda.current_device():
+    x = args[0]
+    if kernels is None or not x.is_cuda or not several_gpus() or x.get_device() == torch.cuda.current_device():
         return autograd.apply(op, kernels, args)
-    with torch.cuda.device_of(args[0]):  # Triton launches on the current device, which need not be the tensors'
+    with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be the tensors'
         return autograd.apply(op, kernels, args)
 
 
