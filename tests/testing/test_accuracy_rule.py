@@ -1,5 +1,6 @@
 """The accuracy rule itself: an error beyond PyTorch's own fails, in the output or any gradient, and so does NaN."""
 
+import itertools
 import sys
 from types import ModuleType
 
@@ -14,6 +15,7 @@ from llmfast.testing.cases import AttentionCase, Case, RowCase, make_inputs
 
 SOFTMAX = RowCase("softmax", 16, 100)
 NAME = "planted"
+PLANTED = itertools.count()
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, fwd: Tensor | float = 0.0, bwd: Tensor | float = 0.0) -> None:
@@ -26,7 +28,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, fwd: Tensor | float = 0.0, bwd: Tenso
         dy, exact = dy.double(), y.double()
         return (exact * (dy - (dy * exact).sum(-1, keepdim=True)) + bwd).to(y.dtype)
 
-    module = ModuleType("planted_softmax")
+    module = ModuleType(f"planted_softmax_{next(PLANTED)}")  # a new name: the registry keeps what it has imported
     module.softmax_fwd, module.softmax_bwd = softmax_fwd, softmax_bwd  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     row = Backend(NAME, module.__name__, frozenset({"cpu"}), frozenset({torch.float32, torch.float16}))
