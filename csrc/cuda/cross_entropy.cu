@@ -10,14 +10,13 @@
 namespace llmfast::cuda {
 namespace {
 
-constexpr int kMaxForwardThreads = 256, kMaxBackwardThreads = 512, kUnroll = 4;
+constexpr int kMaxThreads = 512, kUnroll = 4;
 
 __device__ inline float not_a_number() { return __int_as_float(0x7fffffff); }
 
-// Threads for a row, each with that many vectors of it or more.
-inline int row_threads(int64_t cols, int64_t element_bytes, int64_t per_thread, int64_t most) {
-  const int64_t wanted = ceil_div(cols * element_bytes, 16 * per_thread * 32) * 32;
-  return static_cast<int>(std::min<int64_t>(std::max<int64_t>(wanted, 32), most));
+// Threads for a row, each with kUnroll vectors of it, or more where it is long.
+inline int row_threads(int64_t cols, int64_t element_bytes) {
+  return static_cast<int>(std::min<int64_t>(ceil_div(cols * element_bytes, 16 * kUnroll * 32) * 32, kMaxThreads));
 }
 
 // From a peer's shared memory, the address `mine` has here.
@@ -42,7 +41,8 @@ __device__ inline unsigned read_peer_unsigned(uint32_t mine, int peer) {
   return v;
 }
 
-// A thread's share of a row. The next vectors are on their way while these are added up.
+// A thread's share of a row. Other warps' loads hide the latency of these: holding the next vectors too was slower, as
+// it takes the registers of those warps.
 template <class T>
 __device__ Running<T> running_sum(const T* x, int64_t cols, int thread, int threads) {
   constexpr int n = kPerVector<T>;
@@ -50,20 +50,13 @@ __device__ Running<T> running_sum(const T* x, int64_t cols, int thread, int thre
   const uint4* vectors = reinterpret_cast<const uint4*>(x + span.head);
   const int count = static_cast<int>(span.vectors);
   Running<T> r;
-  uint4 next[kUnroll];
-  const auto load_next = [&](int i) {
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int v = i + u * threads;
-      next[u] = v < count ? load_streaming(vectors + v) : minus_infinity<T>();
-    }
-  };
-  load_next(thread);
   for (int i = thread; i < count; i += kUnroll * threads) {
     uint4 raw[kUnroll];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) raw[u] = next[u];
-    if (i + kUnroll * threads < count) load_next(i + kUnroll * threads);
+    for (int u = 0; u < kUnroll; ++u) {
+      const int v = i + u * threads;
+      raw[u] = v < count ? load_streaming(vectors + v) : minus_infinity<T>();
+    }
     r.add(raw);
   }
   const int64_t singles = cols - span.vectors * n;
@@ -75,7 +68,7 @@ __device__ Running<T> running_sum(const T* x, int64_t cols, int thread, int thre
 
 // One row per block. Logits with +inf, NaN, or nothing but -inf make the loss NaN.
 template <class T>
-__global__ void __launch_bounds__(kMaxForwardThreads, 4)
+__global__ void __launch_bounds__(kMaxThreads, 3)
     cross_entropy_fwd_kernel(const T* logits, const int64_t* targets, float* losses, float* maxima, float* sums,
                              int64_t cols, int64_t stride, int64_t ignore_index) {
   constexpr float kUnit = Running<T>::kUnit;
@@ -167,7 +160,7 @@ __global__ void __launch_bounds__(1024) mean_loss_kernel(const float* losses, co
 }
 
 template <class T>
-__global__ void __launch_bounds__(kMaxBackwardThreads)
+__global__ void __launch_bounds__(kMaxThreads)
     cross_entropy_bwd_kernel(const T* __restrict__ logits, const int64_t* __restrict__ targets,
                              const float* __restrict__ maxima, const float* __restrict__ sums, const float* grad,
                              const float* count, T* __restrict__ dlogits, int64_t cols, int64_t stride,
@@ -223,7 +216,7 @@ int cross_entropy_fwd(const void* logits, const int64_t* targets, float* loss, f
       using T = typename decltype(type)::type;
       Launch l;
       l.grid = dim3(static_cast<unsigned>(rows));
-      l.block = dim3(row_threads(cols, sizeof(T), 2 * kUnroll, kMaxForwardThreads));
+      l.block = dim3(row_threads(cols, sizeof(T)));
       return launch(cross_entropy_fwd_kernel<T>, l, stream, static_cast<const T*>(logits), targets, loss, statistics,
                     statistics + rows, cols, logits_stride, ignore_index);
     });
@@ -246,7 +239,7 @@ int cross_entropy_bwd(const void* logits, const int64_t* targets, const float* s
     using T = typename decltype(type)::type;
     Launch l;
     l.grid = dim3(static_cast<unsigned>(rows));
-    l.block = dim3(row_threads(cols, sizeof(T), kUnroll, kMaxBackwardThreads));
+    l.block = dim3(row_threads(cols, sizeof(T)));
     return launch(cross_entropy_bwd_kernel<T>, l, stream, static_cast<const T*>(logits), targets, statistics,
                   statistics + rows, grad, count, static_cast<T*>(dlogits), cols, logits_stride, ignore_index);
   });

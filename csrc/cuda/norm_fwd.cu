@@ -8,7 +8,7 @@
 namespace llmfast::cuda {
 namespace {
 
-constexpr int kStreamVectors = 2, kStreamThreads = 1024;
+constexpr int kStreamVectors = 4, kStreamThreads = 512;
 
 template <class T>
 struct Forward {
@@ -103,8 +103,27 @@ __device__ float warp_count(int vectors) {
   return static_cast<float>(count * kPerVector<T>);
 }
 
-// The results of one vector. params: where the parameters of its columns lie in weight and bias. kSame: there are all,
-// and of dtype T.
+// The results of one vector, given the parameters of its columns.
+template <class T, bool kRms>
+__device__ void normalize(const uint4& raw, const Moments& m, float rstd, float (&w)[kPerVector<T>],
+                          const float (&b)[kPerVector<T>], T* y) {
+  constexpr int n = kPerVector<T>;
+  const float shift = -m.near_mean * rstd;
+  float x[n];
+  unpack<T>(raw, x);
+#pragma unroll
+  for (int j = 0; j < n; ++j) {
+    if constexpr (kExact<T>) {
+      w[j] *= (kRms ? x[j] : (x[j] - m.near_mean) - m.rest) * rstd;
+    } else {
+      w[j] *= kRms ? x[j] * rstd : fmaf(x[j], rstd, shift);
+    }
+    if (!kRms) w[j] += b[j];
+  }
+  store<n>(y, w);
+}
+
+// The same, with parameters that lie from `params` on in weight and bias. kSame: there are all, and of dtype T.
 template <class T, bool kRms, bool kSame>
 __device__ void normalize(const uint4& raw, const Moments& m, float rstd, const Param& weight, const Param& bias,
                           int params, T* y) {
@@ -116,24 +135,10 @@ __device__ void normalize(const uint4& raw, const Moments& m, float rstd, const 
       read_params(p, params, absent, f);
     }
   };
-  const float shift = -m.near_mean * rstd;
-  float x[n], w[n];
-  unpack<T>(raw, x);
+  float w[n], b[n];
   read(weight, 1.0f, w);
-#pragma unroll
-  for (int j = 0; j < n; ++j) {
-    if constexpr (kExact<T>) {
-      w[j] *= (kRms ? x[j] : (x[j] - m.near_mean) - m.rest) * rstd;
-    } else {
-      w[j] *= kRms ? x[j] * rstd : fmaf(x[j], rstd, shift);
-    }
-  }
-  if constexpr (!kRms) {
-    read(bias, 0.0f, x);
-#pragma unroll
-    for (int j = 0; j < n; ++j) w[j] += x[j];
-  }
-  store<n>(y, w);
+  if constexpr (!kRms) read(bias, 0.0f, b);
+  normalize<T, kRms>(raw, m, rstd, w, b, y);
 }
 
 // Finishes the statistics; a 16-bit type is happy with the mean as one number.
@@ -149,21 +154,27 @@ __device__ float finish_moments(Moments& m, const Forward<T>& p, int64_t row, bo
   return rstd;
 }
 
-template <class T, int V, bool kRms>
+// kEarly, for rows of one warp with parameters of dtype T: those are asked for with the row, and come while it is added
+// up. Longer rows have other warps to do so, and no registers to keep them in.
+template <class T, int V, bool kRms, bool kEarly>
 __global__ void __launch_bounds__(kMaxDirectThreads, 2) norm_fwd_kernel(Forward<T> p) {
-  constexpr int n = kPerVector<T>;
+  constexpr int n = kPerVector<T>, kKept = kEarly ? V : 1;
   const int64_t row = direct_row();
   if (row >= p.rows) return;  // whole warps, of rows of one warp each
   const T* x = p.x + row * p.x_stride;
   T* y = p.y + row * p.cols;
   const int vectors = static_cast<int>(p.cols) / n;
-  uint4 raw[V];
+  uint4 raw[V], weight[kKept], bias[kKept];
   int owned = 0;
 #pragma unroll
   for (int i = 0; i < V; ++i) {
     const int v = threadIdx.x + i * blockDim.x;
-    raw[i] = v < vectors ? load_streaming(x + v * n) : uint4{};
+    raw[i] = v < vectors ? load_row<false>(x + v * n) : uint4{};
     owned += v < vectors;
+    if constexpr (kEarly) {
+      weight[i] = v < vectors ? static_cast<const uint4*>(p.weight.data)[v] : uint4{};
+      if (!kRms) bias[i] = v < vectors ? static_cast<const uint4*>(p.bias.data)[v] : uint4{};
+    }
   }
   Moments m = warp_moments<T, V, kRms>(raw, owned, warp_count<T, V>(vectors));
   if (blockDim.x > 32)
@@ -174,11 +185,18 @@ __global__ void __launch_bounds__(kMaxDirectThreads, 2) norm_fwd_kernel(Forward<
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       const int v = threadIdx.x + i * blockDim.x;
-      if (v < vectors) normalize<T, kRms, decltype(same)::value>(raw[i], m, rstd, p.weight, p.bias, v * n, y + v * n);
-      __syncwarp();  // keeps the compiler from hoisting all vectors' parameters to the top, where they would not fit
+      if constexpr (kEarly) {
+        float w[n], b[n];
+        unpack<T>(weight[i], w);
+        if (!kRms) unpack<T>(bias[i], b);
+        if (v < vectors) normalize<T, kRms>(raw[i], m, rstd, w, b, y + v * n);
+      } else {
+        if (v < vectors) normalize<T, kRms, decltype(same)::value>(raw[i], m, rstd, p.weight, p.bias, v * n, y + v * n);
+        __syncwarp();  // keeps the compiler from hoisting all vectors' parameters to the top, where they would not fit
+      }
     }
   };
-  p.same ? finish(std::true_type()) : finish(std::false_type());
+  kEarly || p.same ? finish(std::true_type()) : finish(std::false_type());
 }
 
 // Rows over clusters, see RowStream.
@@ -293,12 +311,18 @@ int norm_fwd(const Forward<T>& p, void* stream) {
                      aligned16(p.weight.data) && aligned16(p.bias.data);
   if (const DirectPlan plan = plan_direct(p.rows, vectors, false); whole && plan.vectors_per_thread > 0) {
     return dispatch_vectors(plan.vectors_per_thread, [&](auto v) {
-      return launch(norm_fwd_kernel<T, decltype(v)::value, kRms>, plan.launch, stream, p);
+      constexpr int V = decltype(v)::value;
+      constexpr bool kEarly = V < 4;  // more would not fit the registers
+      const bool early = plan.launch.block.x == 32 && p.same;
+      return launch(early ? norm_fwd_kernel<T, V, kRms, kEarly> : norm_fwd_kernel<T, V, kRms, false>, plan.launch,
+                    stream, p);
     });
   }
   StreamPlan plan;
+  // Layer norm is short of issue slots, so smaller blocks, two or more to a multiprocessor, leave fewer of them idle.
+  const bool small = !kRms && vectors <= kMaxCluster * kStreamVectors * kStreamThreads / 2;
   if (whole)
-    plan = plan_stream(device, {p.rows, p.cols, vectors, 1, kStreamVectors, kStreamThreads,
+    plan = plan_stream(device, {p.rows, p.cols, vectors, 1, kStreamVectors, small ? kStreamThreads / 2 : kStreamThreads,
                                 param_bytes<T>(p.weight) + param_bytes<T>(p.bias)});
   if (plan.shape.cluster == 0) {
     const LoopPlan loop = plan_loop(p.rows, p.cols);

@@ -12,12 +12,26 @@ namespace llmfast::cuda {
 
 constexpr int kMaxDirectThreads = 512, kMaxDirectWarps = kMaxDirectThreads / 32;
 
-// Read once, so not worth a place in the first-level cache, where parameters stay.
+// Read once by a kernel that writes no rows. One that does reads 8 % less a second this way: it takes load_row.
 __device__ inline uint4 load_streaming(const void* p) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(p));
+  return v;
+}
+
+// A vector of a row that is written back elsewhere. To be kept in both caches is measured faster than to be streamed,
+// though nobody reads it again: for softmax 3 %, for the norms not (kKeep).
+template <bool kKeep>
+__device__ uint4 load_row(const void* p) {
+  if constexpr (!kKeep) return __ldg(static_cast<const uint4*>(p));
+  uint64_t policy;
+  uint4 v;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("ld.global.L1::evict_last.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p), "l"(policy));
   return v;
 }
 

@@ -1,4 +1,4 @@
-// Rows held in registers: how the kernels of softmax and the norms read, reduce and share out whole, aligned rows.
+// Rows held in registers: how the backward kernels of the norms read, reduce and share out whole, aligned rows.
 //
 // A row belongs to a group of threads: a warp, part of a block, a block, or a cluster of blocks that exchange their
 // sums through distributed shared memory. Thread t of a group owns the 16-byte vectors t, t + threads, ... of its

@@ -38,6 +38,13 @@ __device__ void store_gradient(T* dx, const Cover<T, kRagged>& cover, int v, con
   cover.store(dx, v, y);
 }
 
+// The same bits, which the compiler cannot know: it would otherwise keep the floats unpacked from them a first time,
+// for which there are too few registers.
+__device__ inline uint4 disguised(const uint4& v) {
+  const unsigned zero = blockDim.z - 1;
+  return {v.x ^ zero, v.y ^ zero, v.z ^ zero, v.w ^ zero};
+}
+
 template <class T, int V, bool kRagged>
 __global__ void __launch_bounds__(kMaxDirectThreads, 2)
     softmax_fwd_kernel(const T* x, T* y, int rows, int cols, int64_t x_stride) {
@@ -51,7 +58,7 @@ __global__ void __launch_bounds__(kMaxDirectThreads, 2)
 #pragma unroll
   for (int i = 0; i < V; ++i) {
     const int v = threadIdx.x + i * blockDim.x;
-    raw[i] = v < cover.vectors ? load_streaming(cover.at(x, v)) : uint4{};
+    raw[i] = v < cover.vectors ? load_row<true>(cover.at(x, v)) : uint4{};
   }
 #pragma unroll
   for (int i = 0; i < V; ++i) raw[i] = cover.masked(threadIdx.x + i * blockDim.x, raw[i]);
@@ -73,82 +80,37 @@ __global__ void __launch_bounds__(kMaxDirectThreads, 2)
   }
 }
 
-template <class T, int V>
-__global__ void __launch_bounds__(kBackwardThreads, 1)
-    softmax_bwd_kernel(const T* dy_rows, const T* y_rows, T* dx_rows, int64_t cols, int64_t dy_stride, int64_t y_stride,
-                       RowShape shape) {
-  extern __shared__ uint4 shared[];
-  constexpr int n = kPerVector<T>;
-  uint4* ring = shared;
-  Group group(reinterpret_cast<float*>(ring + blockDim.y * shape.stages * 2 * V * blockDim.x), shape.cluster);
-  RowTile<T, V, 2> tile(shape, group, ring, {dy_rows, y_rows}, {dy_stride, y_stride});
-  group.start();
-  for (; tile.more(); tile.advance()) {
-    uint4 in[2][V];
-    tile.acquire();
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      in[0][i] = tile.vector(0, i);
-      in[1][i] = tile.vector(1, i);
-    }
-    tile.release();
-    float dot = 0.0f;
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      float dy[n], y[n];
-      unpack<T>(in[0][i], dy);
-      unpack<T>(in[1][i], y);
-#pragma unroll
-      for (int j = 0; j < n; ++j) dot += dy[j] * y[j];
-    }
-    dot = group.all_reduce<Add>(dot);
-    T* dx = dx_rows + static_cast<int64_t>(tile.row) * cols;
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      float dy[n], y[n];
-      unpack<T>(in[0][i], dy);
-      unpack<T>(in[1][i], y);
-#pragma unroll
-      for (int j = 0; j < n; ++j) y[j] *= dy[j] - dot;
-      if (i < tile.owned) store<n>(dx + tile.column(i), y);
-    }
-  }
-}
-
-// Ragged rows, each read once into registers.
-template <class T>
-__global__ void __launch_bounds__(kBackwardThreads)
-    softmax_bwd_ragged_kernel(const T* dy, const T* y, T* dx, int rows, int cols, int64_t dy_stride, int64_t y_stride) {
-  constexpr int V = 4;
+template <class T, int V, bool kRagged>
+__global__ void __launch_bounds__(1024)
+    softmax_bwd_kernel(const T* dy, const T* y, T* dx, int rows, int cols, int64_t dy_stride, int64_t y_stride) {
   const int64_t row = direct_row();
-  if (row >= rows) return;
+  if (row >= rows) return;  // whole warps, of rows of one warp each
   dy += row * dy_stride;
   y += row * y_stride;
   dx += row * cols;
-  const Cover<T, true> cover(dy, cols);
+  const Cover<T, kRagged> cover(dy, cols);
   uint4 in[2][V];
 #pragma unroll
   for (int i = 0; i < V; ++i) {
     const int v = threadIdx.x + i * blockDim.x;
-    in[0][i] = v < cover.vectors ? load_streaming(cover.at(dy, v)) : uint4{};
-    in[1][i] = v < cover.vectors ? load_streaming(cover.at(y, v)) : uint4{};
+    in[0][i] = v < cover.vectors ? load_row<false>(cover.at(dy, v)) : uint4{};
+    in[1][i] = v < cover.vectors ? load_row<false>(cover.at(y, v)) : uint4{};
   }
   float dot = 0.0f;
 #pragma unroll
-  for (int i = 0; i < V; ++i) {
-    dot += masked_dot(in[0][i], in[1][i], cover, threadIdx.x + i * blockDim.x);
-    __syncwarp();  // keeps the compiler from unpacking all at once
-  }
+  for (int i = 0; i < V; ++i) dot += masked_dot(in[0][i], in[1][i], cover, threadIdx.x + i * blockDim.x);
   dot = warp_reduce<Add>(dot);
-  if (blockDim.x > 32)
-    dot = sum_parts<kMaxDirectWarps>(exchange_parts(make_float4(dot, 0.0f, 0.0f, 0.0f)), blockDim.x / 32).x;
-  keep_packed(in[0]);
-  keep_packed(in[1]);
+  if (blockDim.x > 32) {
+    __shared__ float parts[32];
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = dot;
+    __syncthreads();
+    const int lane = threadIdx.x % 32;
+    dot = warp_reduce<Add>(lane < blockDim.x / 32 ? parts[lane] : 0.0f);
+  }
 #pragma unroll
   for (int i = 0; i < V; ++i) {
     const int v = threadIdx.x + i * blockDim.x;
-    if (v < cover.vectors) store_gradient(dx, cover, v, in[0][i], in[1][i], dot);
-    __syncwarp();
+    if (v < cover.vectors) store_gradient(dx, cover, v, disguised(in[0][i]), disguised(in[1][i]), dot);
   }
 }
 
@@ -321,6 +283,16 @@ Layout row_layout(int64_t rows, int64_t cols, const void* first, int64_t stride,
   return layout;
 }
 
+// As plan_direct, in blocks of up to 1024 threads.
+DirectPlan plan_backward(int64_t rows, int64_t vectors, bool ragged) {
+  DirectPlan plan = plan_direct(rows, vectors, ragged);
+  if (plan.vectors_per_thread > 0 || vectors == 0 || vectors > 4 * 1024 || rows > INT32_MAX) return plan;
+  plan.vectors_per_thread = 4;
+  plan.launch.block = dim3(static_cast<unsigned>(ceil_div(vectors, 128) * 32));
+  plan.launch.grid = dim3(static_cast<unsigned>(rows));
+  return plan;
+}
+
 }  // namespace
 
 int softmax_fwd(const void* x, void* y, int64_t rows, int64_t cols, int64_t x_stride, DType dtype, void* stream) {
@@ -362,20 +334,15 @@ int softmax_bwd(const void* dy, const void* y, void* dx, int64_t rows, int64_t c
     const T *grad = static_cast<const T*>(dy), *in = static_cast<const T*>(y);
     T* out = static_cast<T*>(dx);
     const Layout layout = row_layout<T>(rows, cols, dy, dy_stride, y, y_stride, dx);
-    if (layout.ragged) {
-      const DirectPlan direct = plan_direct(rows, layout.vectors, true);
-      if (direct.vectors_per_thread > 0)
-        return launch(softmax_bwd_ragged_kernel<T>, direct.launch, stream, grad, in, out, static_cast<int>(rows),
-                      static_cast<int>(cols), dy_stride, y_stride);
-    } else if (layout.vectors > 0 && layout.vectors <= 4 * kBackwardThreads) {
-      RowPlan tile = plan_rows(device, {rows, cols, sizeof(T), 2, 0, kBackwardThreads});
-      if (tile.vectors_per_thread > 0) {
-        return dispatch_vectors(tile.vectors_per_thread, [&](auto v) {
-          const auto kernel = softmax_bwd_kernel<T, decltype(v)::value>;
-          if (int e = fill_grid(reinterpret_cast<const void*>(kernel), device, &tile)) return e;
-          return launch(kernel, tile.launch, stream, grad, in, out, cols, dy_stride, y_stride, tile.shape);
-        });
-      }
+    const DirectPlan direct = plan_backward(rows, layout.vectors, layout.ragged);
+    if (direct.vectors_per_thread > 0) {
+      const auto go = [&](auto kernel) {
+        return launch(kernel, direct.launch, stream, grad, in, out, static_cast<int>(rows), static_cast<int>(cols),
+                      dy_stride, y_stride);
+      };
+      if (layout.ragged) return go(softmax_bwd_kernel<T, 4, true>);
+      return dispatch_vectors(direct.vectors_per_thread,
+                              [&](auto v) { return go(softmax_bwd_kernel<T, decltype(v)::value, false>); });
     }
     StreamPlan plan = plan_stream(device, {rows, cols, layout.vectors, 2, kStreamVectors, kBackwardThreads, 0});
     if (plan.shape.cluster == 0) {
