@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from llmfast.testing.bench import run
-from llmfast.testing.cases import BENCHMARK_CASES
+from llmfast.testing.tables import BENCHMARK_CASES
 
 
 def main() -> None:

@@ -84,7 +84,7 @@ def _softmax_bwd_long_kernel(DY, Y, DX, dy_stride, n_cols, BLOCK: tl.constexpr):
         tl.store(DX + col, (y * (dy - total)).to(DX.dtype.element_ty), mask=col < n_cols)
 
 
-def softmax_fwd(x: Tensor) -> Tensor:
+def softmax_fwd(x: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """x: (..., N) -> y of the same shape and dtype, contiguous."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
@@ -118,3 +118,8 @@ def softmax_bwd(dy: Tensor, y: Tensor) -> Tensor:
     else:
         _softmax_bwd_long_kernel[(n_rows,)](rows, y, dx, rows.stride(0), n_cols, BLOCK=block, num_warps=warps)
     return dx
+
+
+def softmax_limits(x: Tensor, mask: Tensor | None, causal: bool) -> str | None:
+    """Why the kernels cannot give what is asked."""
+    return "has no mask" if causal or mask is not None else None

@@ -12,7 +12,7 @@ schemas.define()
 _ops = torch.ops.llmfast
 
 
-def softmax_fwd(x: Tensor) -> Tensor:
+def softmax_fwd(x: Tensor, mask: None, causal: bool) -> Tensor:
     """x: (..., N) -> (..., N), contiguous."""
     return _softmax_fwd(as_rows(x))
 
@@ -20,6 +20,11 @@ def softmax_fwd(x: Tensor) -> Tensor:
 def softmax_bwd(dy: Tensor, y: Tensor) -> Tensor:
     """dy, y: (..., N) -> dx, contiguous."""
     return _softmax_bwd(as_rows(dy), as_rows(y))
+
+
+def softmax_limits(x: Tensor, mask: Tensor | None, causal: bool) -> str | None:
+    """Why a kernel cannot give what is asked."""
+    return "has no mask" if causal or mask is not None else None
 
 
 def layer_norm_fwd(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,15 +40,51 @@ def layer_norm_bwd(
     return dx, None if weight is None else dw, db if has_bias else None
 
 
-def rms_norm_fwd(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def add_layer_norm_fwd(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """PyTorch's sum, then the norm's kernel -> y, sum; mean and 1/std, (rows,) float32."""
+    total = x + residual
+    y, mean, rstd = layer_norm_fwd(total, weight, bias, eps)
+    return y, total, mean, rstd
+
+
+def add_layer_norm_bwd(
+    dy: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, has_bias: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """-> the gradient of x and of the residual; dweight, dbias (N,) float32 or None."""
+    dx, dw, db = layer_norm_bwd(dy, total, weight, mean, rstd, has_bias)
+    return dx.add_(dtotal), dw, db
+
+
+def rms_norm_fwd(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     """x: (..., N); weight: (N,) or None -> y as x, contiguous; 1/rms, (rows,) float32."""
-    return _rms_norm_fwd(as_rows(x), _vector(weight), eps)
+    return _rms_norm_fwd(as_rows(x), _offset(weight, offset), eps)
 
 
-def rms_norm_bwd(dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor) -> tuple[Tensor, Tensor | None]:
+def rms_norm_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, offset: float
+) -> tuple[Tensor, Tensor | None]:
     """-> dx as x; dweight (N,) float32 or None."""
-    dx, dw = _rms_norm_bwd(as_rows(dy), as_rows(x), _vector(weight), rstd)
+    dx, dw = _rms_norm_bwd(as_rows(dy), as_rows(x), _offset(weight, offset), rstd)
     return dx, None if weight is None else dw
+
+
+def add_rms_norm_fwd(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """PyTorch's sum, then the norm's kernel -> y, sum; 1/rms, (rows,) float32."""
+    total = x + residual
+    y, rstd = rms_norm_fwd(total, weight, eps, offset)
+    return y, total, rstd
+
+
+def add_rms_norm_bwd(
+    dy: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor | None, rstd: Tensor, offset: float
+) -> tuple[Tensor, Tensor | None]:
+    """-> the gradient of x and of the residual; dweight (N,) float32 or None."""
+    dx, dw = rms_norm_bwd(dy, total, weight, rstd, offset)
+    return dx.add_(dtotal), dw
 
 
 def bias_gelu_fwd(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
@@ -92,36 +133,69 @@ def swiglu_limits(gate: Tensor, up: Tensor) -> str | None:
     return _without_rows(gate)
 
 
-def rope_fwd(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rope_fwd(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """x: (B, T, H, D) of any strides but the last; cos, sin: (T, D/2) -> as x, contiguous."""
     return _rope(_adjacent(x), cos.float().contiguous(), sin.float().contiguous(), False)
 
 
-def rope_bwd(dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rope_bwd(dy: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """-> dx, contiguous: a rotation back."""
     return _rope(_adjacent(dy), cos.float().contiguous(), sin.float().contiguous(), True)
 
 
-def rope_limits(x: Tensor, cos: Tensor, sin: Tensor) -> str | None:
+def rope_limits(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> str | None:
     """Why a kernel cannot give what is asked."""
+    if interleaved:
+        return "has no interleaved layout"
     return "gives cos and sin no gradient; detach them" if cos.requires_grad or sin.requires_grad else None
 
 
-def cross_entropy_fwd(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+def cross_entropy_fwd(
+    logits: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    reduction: str,
+    n_classes: int,
+    in_place: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """logits: (N, V); targets: (N,) int64 -> mean loss (), row maxima and sums (2, N), targets counted ()."""
     return _cross_entropy_fwd(as_rows(logits), targets.contiguous(), ignore_index)
 
 
 def cross_entropy_bwd(
-    grad: Tensor, logits: Tensor, targets: Tensor, statistics: Tensor, count: Tensor, ignore_index: int
+    grad: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    statistics: Tensor,
+    count: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    reduction: str,
+    n_classes: int,
+    in_place: bool,
 ) -> Tensor:
     """-> dlogits, contiguous, of logits' dtype."""
     return _cross_entropy_bwd(grad, as_rows(logits), targets.contiguous(), statistics, count, ignore_index)
 
 
-def cross_entropy_limits(logits: Tensor, targets: Tensor, ignore_index: int) -> str | None:
-    """Why there are no rows to work on."""
-    return "needs at least one class" if logits.shape[1] == 0 else None
+def cross_entropy_limits(
+    logits: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    reduction: str,
+    n_classes: int,
+    in_place: bool,
+) -> str | None:
+    """Why the kernels cannot give what is asked."""
+    if logits.shape[1] == 0:
+        return "needs at least one class"
+    plain = not (label_smoothing or z_loss or in_place) and reduction == "mean" and n_classes == logits.shape[1]
+    return None if plain else "has the plain mean only, of all columns, and not in place"
 
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -194,6 +268,10 @@ def _adjacent(x: Tensor) -> Tensor:
 
 def _vector(p: Tensor | None) -> Tensor | None:
     return None if p is None else p.contiguous()
+
+
+def _offset(weight: Tensor | None, offset: float) -> Tensor | None:
+    return _vector(weight) if weight is None or offset == 0.0 else weight.float() + offset
 
 
 def _op(name: str) -> Any:

@@ -8,10 +8,13 @@ print(ops.explain("softmax", x))            # every backend, and why it would or
 
 from .functional import (
     adamw_,
+    add_layer_norm,
+    add_rms_norm,
     attention,
     bias_gelu,
     cross_entropy,
     explain,
+    geglu,
     gelu,
     layer_norm,
     rms_norm,
@@ -24,11 +27,14 @@ from .registry import BackendFallbackWarning, current_backend, use_backend
 __all__ = [
     "BackendFallbackWarning",
     "adamw_",
+    "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "bias_gelu",
     "cross_entropy",
     "current_backend",
     "explain",
+    "geglu",
     "gelu",
     "layer_norm",
     "rms_norm",

@@ -15,8 +15,8 @@ from . import reference
 
 class Softmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kernels: ModuleType, x: Tensor) -> Tensor:
-        y = kernels.softmax_fwd(x)
+    def forward(ctx: Any, kernels: ModuleType, x: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        y = kernels.softmax_fwd(x, mask, causal)
         ctx.kernels = kernels
         ctx.save_for_backward(y)
         return y
@@ -25,7 +25,7 @@ class Softmax(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (y,) = ctx.saved_tensors
-        return None, ctx.kernels.softmax_bwd(grad_outputs[0], y)
+        return None, ctx.kernels.softmax_bwd(grad_outputs[0], y), None, None
 
 
 class LayerNorm(torch.autograd.Function):
@@ -49,16 +49,60 @@ class LayerNorm(torch.autograd.Function):
 
 class RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kernels: ModuleType, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        y, rstd = kernels.rms_norm_fwd(x, weight, eps)
-        ctx.kernels = kernels
+    def forward(ctx: Any, kernels: ModuleType, x: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor:
+        y, rstd = kernels.rms_norm_fwd(x, weight, eps, offset)
+        ctx.kernels, ctx.offset = kernels, offset
         ctx.save_for_backward(x, weight, rstd)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return None, *ctx.kernels.rms_norm_bwd(grad_outputs[0], *ctx.saved_tensors), None
+        return None, *ctx.kernels.rms_norm_bwd(grad_outputs[0], *ctx.saved_tensors, ctx.offset), None, None
+
+
+class AddLayerNorm(torch.autograd.Function):
+    """x and the residual get one gradient: of the sum, by way of the norm and by way of the sum itself."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernels: ModuleType,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        y, total, mean, rstd = kernels.add_layer_norm_fwd(x, residual, weight, bias, eps)
+        ctx.kernels, ctx.has_bias = kernels, bias is not None
+        ctx.save_for_backward(total, weight, mean, rstd)
+        return y, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        dx, dw, db = ctx.kernels.add_layer_norm_bwd(*grad_outputs, *ctx.saved_tensors, ctx.has_bias)
+        return None, dx, dx, dw, db, None
+
+
+class AddRMSNorm(torch.autograd.Function):
+    """As AddLayerNorm."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kernels: ModuleType, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float
+    ) -> tuple[Tensor, Tensor]:
+        y, total, rstd = kernels.add_rms_norm_fwd(x, residual, weight, eps, offset)
+        ctx.kernels, ctx.offset = kernels, offset
+        ctx.save_for_backward(total, weight, rstd)
+        return y, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        dx, dw = ctx.kernels.add_rms_norm_bwd(*grad_outputs, *ctx.saved_tensors, ctx.offset)
+        return None, dx, dx, dw, None, None
 
 
 class GELU(torch.autograd.Function):
@@ -100,34 +144,53 @@ class SwiGLU(torch.autograd.Function):
         return None, *ctx.kernels.swiglu_bwd(grad_outputs[0], *ctx.saved_tensors)
 
 
-class RoPE(torch.autograd.Function):
-    """The tables get no gradient: they are constants of the model."""
-
+class GEGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kernels: ModuleType, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.kernels = kernels
-        ctx.save_for_backward(cos, sin)
-        return kernels.rope_fwd(x, cos, sin)
+    def forward(ctx: Any, kernels: ModuleType, gate: Tensor, up: Tensor, approximate: str) -> Tensor:
+        ctx.kernels, ctx.approximate = kernels, approximate
+        ctx.save_for_backward(gate, up)
+        return kernels.geglu_fwd(gate, up, approximate)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return None, ctx.kernels.rope_bwd(grad_outputs[0], *ctx.saved_tensors), None, None
+        return None, *ctx.kernels.geglu_bwd(grad_outputs[0], *ctx.saved_tensors, ctx.approximate), None
+
+
+class RoPE(torch.autograd.Function):
+    """The tables get no gradient: they are constants of the model."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: ModuleType, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+        ctx.kernels, ctx.interleaved = kernels, interleaved
+        ctx.save_for_backward(cos, sin)
+        return kernels.rope_fwd(x, cos, sin, interleaved)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, ctx.kernels.rope_bwd(grad_outputs[0], *ctx.saved_tensors, ctx.interleaved), None, None, None
 
 
 class CrossEntropy(torch.autograd.Function):
+    """In place, the gradient takes the logits' memory; their version tells autograd, so that whoever else needs them
+    to go backward is refused."""
+
     @staticmethod
-    def forward(ctx: Any, kernels: ModuleType, logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-        loss, statistics, count = kernels.cross_entropy_fwd(logits, targets, ignore_index)
-        ctx.kernels, ctx.ignore_index = kernels, ignore_index
+    def forward(ctx: Any, kernels: ModuleType, logits: Tensor, targets: Tensor, *options: Any) -> Tensor:
+        loss, statistics, count = kernels.cross_entropy_fwd(logits, targets, *options)
+        ctx.kernels, ctx.options = kernels, options
         ctx.save_for_backward(logits, targets, statistics, count)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        dlogits = ctx.kernels.cross_entropy_bwd(grad_outputs[0], *ctx.saved_tensors, ctx.ignore_index)
-        return None, dlogits, None, None
+        logits = ctx.saved_tensors[0]
+        dlogits = ctx.kernels.cross_entropy_bwd(grad_outputs[0], *ctx.saved_tensors, *ctx.options)
+        if dlogits is logits:
+            torch.autograd.graph.increment_version(logits)
+        return None, dlogits, *[None] * (1 + len(ctx.options))
 
 
 class Attention(torch.autograd.Function):
@@ -150,9 +213,12 @@ FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
     "layer_norm": LayerNorm,
     "attention": Attention,
     "rms_norm": RMSNorm,
+    "add_layer_norm": AddLayerNorm,
+    "add_rms_norm": AddRMSNorm,
     "gelu": GELU,
     "bias_gelu": BiasGELU,
     "swiglu": SwiGLU,
+    "geglu": GEGLU,
     "rope": RoPE,
     "cross_entropy": CrossEntropy,
 }
@@ -165,8 +231,8 @@ class _NoContext:
         pass
 
 
-def apply(op: str, kernels: ModuleType | None, args: tuple[Any, ...]) -> Tensor:
-    """The op by `kernels`, or the reference where there are none.
+def apply(op: str, kernels: ModuleType | None, args: tuple[Any, ...]) -> Any:
+    """The op's tensor or tensors by `kernels`, or the reference where there are none.
 
     Autograd hears of kernels only where a gradient can be asked for, as its own call takes 6 us.
     """
@@ -176,5 +242,5 @@ def apply(op: str, kernels: ModuleType | None, args: tuple[Any, ...]) -> Tensor:
     if torch.is_grad_enabled():
         for a in args:
             if isinstance(a, Tensor) and a.requires_grad:
-                return function.apply(kernels, *args)  # pyright: ignore[reportReturnType]
+                return function.apply(kernels, *args)
     return function.forward(_NoContext(), kernels, *args)

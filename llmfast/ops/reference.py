@@ -13,9 +13,22 @@ def _accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def softmax(x: Tensor) -> Tensor:
-    """exp(x - max) / sum over the last dimension. x: (..., N)."""
-    return torch.softmax(x.to(_accumulation_dtype(x)), dim=-1).to(x.dtype)
+def softmax(x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """exp(x - max) / sum over the last dimension. x: (..., N).
+
+    mask: bool, broadcastable to x, False where an element takes no part; causal: row i of the last two dimensions
+    (Tq, Tk) sees columns j <= i + Tk - Tq. A row of which nothing takes part gives zeros.
+    """
+    h = x.to(_accumulation_dtype(x))
+    visible = mask
+    if causal:
+        n_queries, n_keys = x.shape[-2:]
+        lower = torch.ones(n_queries, n_keys, dtype=torch.bool, device=x.device).tril(n_keys - n_queries)
+        visible = lower if mask is None else mask & lower
+    if visible is None:
+        return torch.softmax(h, dim=-1).to(x.dtype)
+    y = torch.softmax(h.masked_fill(~visible, float("-inf")), dim=-1)
+    return y.masked_fill(~visible, 0.0).to(x.dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -25,11 +38,27 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return F.layer_norm(x.to(acc), x.shape[-1:], w, b, eps).to(x.dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (https://arxiv.org/abs/1910.07467)."""
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * (offset + weight) over the last dimension (https://arxiv.org/abs/1910.07467)."""
     h = x.to(_accumulation_dtype(x))
     h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
-    return (h if weight is None else h * weight.to(h.dtype)).to(x.dtype)
+    return (h if weight is None else h * (weight.to(h.dtype) + offset)).to(x.dtype)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The sum x + residual, rounded to their dtype, and its layer norm: (norm, sum)."""
+    total = x + residual
+    return layer_norm(total, weight, bias, eps), total
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The sum x + residual, rounded to their dtype, and its RMS norm: (norm, sum)."""
+    total = x + residual
+    return rms_norm(total, weight, eps, offset), total
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
@@ -72,24 +101,49 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return (F.silu(gate.to(acc)) * up.to(acc)).to(gate.dtype)
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (x[i], x[i + D/2]) by its position's angle (https://arxiv.org/abs/2104.09864).
+def geglu(gate: Tensor, up: Tensor, approximate: str) -> Tensor:
+    """gelu(gate) * up (https://arxiv.org/abs/2002.05202)."""
+    acc = _accumulation_dtype(gate)
+    return (F.gelu(gate.to(acc), approximate=approximate) * up.to(acc)).to(gate.dtype)
 
-    x: (B, T, H, D); cos, sin: (T, D/2).
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotate each pair (x[i], x[i + D/2]), or (x[2i], x[2i + 1]) where interleaved, by its position's angle.
+
+    https://arxiv.org/abs/2104.09864. x: (B, T, H, D); cos, sin: (T, D/2).
     """
-    first, second = x.to(_accumulation_dtype(x)).chunk(2, dim=-1)
-    c, s = (t.to(first.dtype)[:, None, :] for t in (cos, sin))  # (T, 1, D/2)
-    return torch.cat((first * c - second * s, second * c + first * s), dim=-1).to(x.dtype)
+    h = x.to(_accumulation_dtype(x))
+    first, second = (h[..., 0::2], h[..., 1::2]) if interleaved else h.chunk(2, dim=-1)
+    c, s = (t.to(h.dtype)[:, None, :] for t in (cos, sin))  # (T, 1, D/2)
+    turned = first * c - second * s, second * c + first * s
+    return (torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)).to(x.dtype)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    """Mean of logsumexp(logits) - logits[target] over the targets that are not `ignore_index`; 0 if there are none.
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+    n_classes: int | None = None,
+    in_place: bool = False,
+) -> Tensor:
+    """lse - (1 - label_smoothing) logits[target] - label_smoothing mean(logits) + z_loss lse^2, lse their logsumexp.
 
-    logits: (N, V); targets: (N,) int64. Returns a scalar in the accumulation dtype.
+    Of each row whose target is not `ignore_index`, over its first `n_classes` columns; 0 of the others. "mean" is over
+    the former, 0 if there are none; "sum"; "none" gives one for each row. logits: (N, V); targets: (N,) int64. The
+    result is in the accumulation dtype. Label smoothing: https://arxiv.org/abs/1512.00567, with the weight of the true
+    class as PyTorch has it; z-loss: https://arxiv.org/abs/2204.02311, section 5. `in_place` is for kernels.
     """
-    acc = logits.to(_accumulation_dtype(logits))
-    total = F.cross_entropy(acc, targets, ignore_index=ignore_index, reduction="sum")
-    return total / (targets != ignore_index).sum().clamp(min=1)
+    h = logits[:, :n_classes].to(_accumulation_dtype(logits))
+    losses = F.cross_entropy(h, targets, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
+    counted = targets != ignore_index
+    if z_loss:
+        losses = losses + z_loss * torch.where(counted, h.logsumexp(-1), 0.0).square()
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() / counted.sum().clamp(min=1)
 
 
 def adamw(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cases import Case
+from .cases import Case, Result
 
 
 class Comparison(NamedTuple):
@@ -32,11 +32,12 @@ class Comparison(NamedTuple):
 
 def compare(case: Case, inputs: list[Tensor], grad: Tensor, backend: str) -> list[Comparison]:
     """Run the case's op forward and backward on `backend`, on PyTorch's own function and on the float64 truth."""
-    names = [case.op, *(f"d{name}" for name in case.inputs)]
     ours = run(lambda *t: case.ours(*t, backend=backend), inputs, grad, inputs[0].dtype)
     peer = run(case.torch, inputs, grad, inputs[0].dtype)
     probed = [case.probe(t) for t in inputs]
     truth = run(lambda *t: case.ours(*t, backend="reference"), probed, case.probe(grad), torch.float64)
+    names = [f"d{name}" for name in case.inputs]
+    names = [case.op] * (len(ours) - len(names)) + names
     magnitude = case.amplification * max(_largest(t) for t in (*probed, grad))
     return [
         _compare(name, case.probe(o), case.probe(p), t, magnitude, case.looseness(o))
@@ -44,11 +45,21 @@ def compare(case: Case, inputs: list[Tensor], grad: Tensor, backend: str) -> lis
     ]
 
 
-def run(function: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """The output of `function` at `dtype` and its gradients for an upstream `grad`. Strides of inputs are kept."""
+def run(function: Callable[..., Result], inputs: list[Tensor], grad: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """The outputs of `function` at `dtype` and its gradients for an upstream `grad`. Strides of inputs are kept."""
     leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]
-    out = function(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
+    outs = outputs(function(*leaves))
+    return [*(out.detach() for out in outs), *torch.autograd.grad(outs, leaves, upstream(outs, grad))]
+
+
+def outputs(result: Result) -> tuple[Tensor, ...]:
+    """All that an op gave."""
+    return result if isinstance(result, tuple) else (result,)
+
+
+def upstream(outs: tuple[Tensor, ...], grad: Tensor) -> list[Tensor]:
+    """The gradient of each output: `grad` of the first, and of others another, so that none can stand for it."""
+    return [(grad if i == 0 else grad.flip(-1)).to(out.dtype) for i, out in enumerate(outs)]
 
 
 def _compare(name: str, ours: Tensor, peer: Tensor, truth: Tensor, magnitude: float, looseness: float) -> Comparison:

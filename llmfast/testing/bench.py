@@ -19,9 +19,10 @@ from torch import Tensor
 from .. import hardware
 from ..errors import InputError
 from ..ops.registry import BACKENDS, REFERENCE
-from .accuracy import compare
-from .cases import BENCHMARK_CASES, CPU_BENCHMARK_CASES, Case, make_inputs
+from .accuracy import compare, outputs, upstream
+from .cases import Case, make_inputs
 from .peers import Function, peers
+from .tables import BENCHMARK_CASES, CPU_BENCHMARK_CASES
 from .timing import Ceilings, ceilings, milliseconds
 
 DIRECTIONS = ("fwd", "bwd")
@@ -170,8 +171,9 @@ def _time(
             with torch.no_grad():
                 ms = milliseconds(lambda: function(*inputs), inputs[0].device)
         else:
-            out = function(*inputs)
-            ms = milliseconds(lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True), inputs[0].device)
+            outs = outputs(function(*inputs))
+            grads = upstream(outs, grad)
+            ms = milliseconds(lambda: torch.autograd.grad(outs, inputs, grads, retain_graph=True), inputs[0].device)
     except Exception as error:  # a peer may refuse a shape with any error: the table shows which
         if ours:
             raise

@@ -1,12 +1,12 @@
-"""The table of cases: shapes of each op, their inputs, PyTorch's own function, and the work each must do.
+"""A case of each op: shapes of its inputs, our function and PyTorch's own, and the work that it must do.
 
-Tests walk `TEST_CASES`, benchmarks `BENCHMARK_CASES`; both compare with `llmfast.ops.reference` in float64.
+`tables` lists those that tests and benchmarks walk; both compare with `llmfast.ops.reference` in float64.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,36 +38,66 @@ class _Defaults:
         """The part of a tensor that is compared: all of it."""
         return t
 
+    @property
+    def plain(self) -> bool:
+        """Whether it asks for nothing but what every backend of the op does."""
+        return True
 
-def _torch_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As models without a kernel write it: rotate half, at the tensors' dtype."""
+
+def _torch_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """As models without a kernel write it, at the tensors' dtype."""
+    if interleaved:
+        cos, sin = (t.repeat_interleave(2, -1)[:, None].to(x.dtype) for t in (cos, sin))
+        return x * cos + torch.stack((-x[..., 1::2], x[..., 0::2]), -1).flatten(-2) * sin
     cos, sin = (torch.cat((t, t), -1)[:, None].to(x.dtype) for t in (cos, sin))
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat((-second, first), -1) * sin
 
 
+def _torch_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias)
+
+
+def _torch_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight, 1e-6)
+
+
+# One tensor, or those of an op with several.
+Result = Tensor | tuple[Tensor, ...]
+
 # PyTorch's own function of each op over rows, at the tensors' dtype.
-_TORCH: dict[str, Callable[..., Tensor]] = {
+_TORCH: dict[str, Callable[..., Result]] = {
     "softmax": lambda x: F.softmax(x, dim=-1),
-    "layer_norm": lambda x, weight, bias: F.layer_norm(x, x.shape[-1:], weight, bias),
-    "rms_norm": lambda x, weight: F.rms_norm(x, x.shape[-1:], weight, 1e-6),
+    "layer_norm": _torch_layer_norm,
+    "rms_norm": _torch_rms_norm,
+    "add_layer_norm": lambda x, residual, weight, bias: (_torch_layer_norm(x + residual, weight, bias), x + residual),
+    "add_rms_norm": lambda x, residual, weight: (_torch_rms_norm(x + residual, weight), x + residual),
     "gelu": F.gelu,
     "bias_gelu": lambda x, bias: F.gelu(x + bias, approximate="tanh"),
     "swiglu": lambda gate, up: F.silu(gate) * up,
+    "geglu": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
 }
 # Names of each op's tensors, and whether each is a row vector.
-_ROW_INPUTS: dict[str, dict[str, bool]] = {
+ROW_INPUTS: dict[str, dict[str, bool]] = {
     "softmax": {"x": False},
     "layer_norm": {"x": False, "weight": True, "bias": True},
     "rms_norm": {"x": False, "weight": True},
+    "add_layer_norm": {"x": False, "residual": False, "weight": True, "bias": True},
+    "add_rms_norm": {"x": False, "residual": False, "weight": True},
     "gelu": {"x": False},
     "bias_gelu": {"x": False, "bias": True},
     "swiglu": {"gate": False, "up": False},
+    "geglu": {"gate": False, "up": False},
 }
 _ROW_OPTIONS: dict[str, dict[str, Any]] = {"bias_gelu": {"approximate": "tanh"}}
 # Tensors of (rows, cols) that must be read or written, forward and backward.
-_ROW_PASSES: dict[str, tuple[int, int]] = {"swiglu": (3, 5)}
-_EPS = {"layer_norm": 1e-5, "rms_norm": 1e-6}
+_ROW_PASSES: dict[str, tuple[int, int]] = {
+    "add_layer_norm": (4, 4),
+    "add_rms_norm": (4, 4),
+    "swiglu": (3, 5),
+    "geglu": (3, 5),
+}
+_EPS = {"layer_norm": 1e-5, "rms_norm": 1e-6, "add_layer_norm": 1e-5, "add_rms_norm": 1e-6}
 
 
 @dataclass(frozen=True)
@@ -86,7 +116,7 @@ class RowCase(_Defaults):
     def inputs(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the op's tensors, in order."""
         shape = (self.rows, self.cols)
-        return {name: shape[1:] if vector else shape for name, vector in _ROW_INPUTS[self.op].items()}
+        return {name: shape[1:] if vector else shape for name, vector in ROW_INPUTS[self.op].items()}
 
     @property
     def output(self) -> tuple[int, ...]:
@@ -97,10 +127,10 @@ class RowCase(_Defaults):
         """1/sqrt(eps), for the normalisation of a constant row."""
         return _EPS[self.op] ** -0.5 if self.op in _EPS else 1.0
 
-    def ours(self, *tensors: Tensor, backend: str) -> Tensor:
+    def ours(self, *tensors: Tensor, backend: str) -> Result:
         return getattr(ops, self.op)(*tensors, **_ROW_OPTIONS.get(self.op, {}), backend=backend)
 
-    def torch(self, *tensors: Tensor) -> Tensor:
+    def torch(self, *tensors: Tensor) -> Result:
         """PyTorch's own function at the tensors' dtype."""
         return _TORCH[self.op](*tensors)
 
@@ -111,16 +141,35 @@ class RowCase(_Defaults):
 
 @dataclass(frozen=True)
 class CrossEntropyCase(_Defaults):
-    """Mean cross-entropy of (rows, classes) logits; every fifth target is left out."""
+    """Cross-entropy of (rows, classes) logits; every fifth target is left out."""
 
     rows: int
     classes: int
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    reduction: Literal["mean", "sum", "none"] = "mean"
+    padding: int = 0
+    """Columns at the end that are no classes."""
+    in_place: bool = False
     op: str = "cross_entropy"
-    output: tuple[int, ...] = ()
 
     @property
     def label(self) -> str:
-        return f"{self.rows}x{self.classes}"
+        label = f"{self.rows}x{self.classes}"
+        if self.reduction != "mean":
+            label += f" {self.reduction}"
+        for name in ("label_smoothing", "z_loss", "padding"):
+            if getattr(self, name):
+                label += f" {name} {getattr(self, name)}"
+        return label + " in place" * self.in_place
+
+    @property
+    def plain(self) -> bool:
+        return self == CrossEntropyCase(self.rows, self.classes)
+
+    @property
+    def output(self) -> tuple[int, ...]:
+        return (self.rows,) if self.reduction == "none" else ()
 
     @property
     def inputs(self) -> dict[str, tuple[int, ...]]:
@@ -128,19 +177,37 @@ class CrossEntropyCase(_Defaults):
 
     def targets(self, device: torch.device) -> Tensor:
         row = torch.arange(self.rows, device=device)
-        return torch.where(row % 5 == 4, -100, row * 7919 % self.classes)
+        return torch.where(row % 5 == 4, -100, row * 7919 % (self.classes - self.padding))
 
     def ours(self, *tensors: Tensor, backend: str) -> Tensor:
         (logits,) = tensors
-        return ops.cross_entropy(logits, self.targets(logits.device), backend=backend)
+        return ops.cross_entropy(
+            logits,
+            self.targets(logits.device),
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            reduction=self.reduction,
+            n_classes=self.classes - self.padding,
+            in_place=self.in_place,
+            backend=backend,
+        )
 
     def torch(self, *tensors: Tensor) -> Tensor:
         """F.cross_entropy at the tensors' dtype, its result widened to ours; 0 where it would be 0 / 0."""
-        targets = self.targets(tensors[0].device)
+        logits = tensors[0][:, : self.classes - self.padding]
+        targets = self.targets(logits.device)
+        wide = torch.promote_types(logits.dtype, torch.float32)
         if self.rows == 0:
-            return (0 * tensors[0].sum()).to(torch.promote_types(tensors[0].dtype, torch.float32))
-        loss = F.cross_entropy(tensors[0], targets)
-        return loss.to(torch.promote_types(loss.dtype, torch.float32))
+            empty = 0 * tensors[0].sum(-1)
+            return (empty if self.reduction == "none" else empty.sum()).to(wide)
+        loss = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing, reduction=self.reduction)
+        if self.z_loss:
+            counted = targets != -100
+            squares = logits.logsumexp(-1).square() * counted
+            if self.reduction != "none":
+                squares = squares.sum() / (counted.sum() if self.reduction == "mean" else 1)
+            loss = loss + self.z_loss * squares
+        return loss.to(wide)
 
     def work(self, direction: str, itemsize: int) -> Work:
         return Work(float((1 if direction == "fwd" else 2) * self.rows * self.classes * itemsize), 0.0)
@@ -154,11 +221,17 @@ class RopeCase(_Defaults):
     length: int
     heads: int
     head_dim: int
+    interleaved: bool = False
     op: str = "rope"
 
     @property
     def label(self) -> str:
-        return f"B{self.batch} T{self.length} H{self.heads} D{self.head_dim}"
+        label = f"B{self.batch} T{self.length} H{self.heads} D{self.head_dim}"
+        return label + " interleaved" * self.interleaved
+
+    @property
+    def plain(self) -> bool:
+        return not self.interleaved
 
     @property
     def output(self) -> tuple[int, ...]:
@@ -176,11 +249,11 @@ class RopeCase(_Defaults):
 
     def ours(self, *tensors: Tensor, backend: str) -> Tensor:
         (x,) = tensors
-        return ops.rope(x, *self.tables(x), backend=backend)
+        return ops.rope(x, *self.tables(x), interleaved=self.interleaved, backend=backend)
 
     def torch(self, *tensors: Tensor) -> Tensor:
         (x,) = tensors
-        return _torch_rope(x, *self.tables(x))
+        return _torch_rope(x, *self.tables(x), self.interleaved)
 
     def work(self, direction: str, itemsize: int) -> Work:
         return Work(float(2 * math.prod(self.output) * itemsize), 0.0)
@@ -269,94 +342,3 @@ def make_inputs(
         (scale * torch.randn(shape, device=device, generator=generator)).to(dtype).requires_grad_()
         for shape in case.inputs.values()
     ]
-
-
-def _rows(op: str, *shapes: tuple[int, int]) -> list[Case]:
-    return [RowCase(op, *shape) for shape in shapes]
-
-
-# Ragged, prime, one below and above a power of two, length one, empty; the last column counts take the long-row path.
-_ROW_SHAPES = [
-    (1, 1),
-    (3, 1),
-    (4, 7),
-    (33, 64),
-    (5, 127),
-    (2, 1023),
-    (3, 1025),
-    (17, 768),
-    (0, 16),
-    (2, 9001),
-    (2, 33000),
-]
-
-# (B, Tq, Tk, H, Hkv, D): lengths around the tile sizes, one query, one key, no query, no key, more queries than keys
-# (causal rows that see nothing), grouped and single key heads, head dimensions that are no power of two.
-_ATTENTION_SHAPES = [
-    (1, 1, 1, 1, 1, 16),
-    (2, 3, 3, 2, 2, 64),
-    (1, 64, 1, 1, 1, 64),
-    (1, 1, 70, 4, 2, 64),
-    (1, 64, 32, 2, 1, 32),
-    (2, 65, 127, 2, 2, 64),
-    (1, 113, 203, 4, 1, 64),
-    (1, 128, 128, 2, 2, 128),
-    (1, 129, 65, 6, 3, 40),
-    (1, 90, 90, 3, 1, 96),
-    (1, 33, 50, 2, 2, 256),
-    (2, 40, 17, 2, 2, 8),
-    (0, 8, 8, 2, 2, 64),
-    (1, 0, 8, 2, 2, 64),
-    (2, 5, 0, 2, 1, 64),
-]
-
-_ROPE_SHAPES = [(1, 1, 1, 2), (2, 7, 3, 6), (1, 33, 2, 64), (3, 5, 1, 128), (0, 4, 2, 8), (2, 0, 2, 8)]
-
-TEST_CASES: dict[str, list[Case]] = {
-    **{op: _rows(op, *_ROW_SHAPES) for op in _ROW_INPUTS},
-    "cross_entropy": [CrossEntropyCase(*shape) for shape in _ROW_SHAPES],
-    "rope": [RopeCase(*shape) for shape in _ROPE_SHAPES],
-    "attention": [AttentionCase(*shape, causal) for shape in _ATTENTION_SHAPES for causal in (False, True)],
-}
-
-
-def _attention_benchmark() -> list[Case]:
-    """16k tokens a batch and hidden size 2048, as FlashAttention's papers measure."""
-    lengths = (512, 1024, 2048, 4096, 8192, 16384)
-    return [
-        AttentionCase(16384 // t, t, t, 2048 // d, 2048 // d, d, causal)
-        for d in (64, 128)
-        for causal in (False, True)
-        for t in lengths
-    ]
-
-
-_NORM_SHAPES = ((32768, 768), (32768, 2048), (32768, 4096), (32768, 8192), (8192, 32768))
-_VERY_LONG_ROWS = ((4096, 65536), (2048, 131072))
-
-BENCHMARK_CASES: dict[str, list[Case]] = {
-    "softmax": _rows(
-        "softmax", (32768, 1024), (32768, 4096), (16384, 8192), (8192, 32768), (8192, 50304), *_VERY_LONG_ROWS
-    ),
-    "layer_norm": _rows("layer_norm", *_NORM_SHAPES, *_VERY_LONG_ROWS),
-    "rms_norm": _rows("rms_norm", *_NORM_SHAPES, *_VERY_LONG_ROWS),
-    "gelu": _rows("gelu", (32768, 3072)),
-    "bias_gelu": _rows("bias_gelu", (32768, 3072), (16384, 8192)),
-    "swiglu": _rows("swiglu", (32768, 3072), (16384, 8192)),
-    "cross_entropy": [CrossEntropyCase(32768, 4096), CrossEntropyCase(16384, 50304), CrossEntropyCase(4096, 131072)],
-    "rope": [RopeCase(16, 1024, 12, 64), RopeCase(4, 4096, 16, 128)],
-    "attention": _attention_benchmark(),
-}
-
-# What a machine without a GPU runs instead.
-_CPU_SHAPES = ((4096, 768), (1024, 4096))
-CPU_BENCHMARK_CASES: dict[str, list[Case]] = {
-    "softmax": _rows("softmax", (1024, 768), (256, 50304)),
-    **{op: _rows(op, *_CPU_SHAPES) for op in _ROW_INPUTS if op != "softmax"},
-    "cross_entropy": [CrossEntropyCase(4096, 768), CrossEntropyCase(1024, 4096), CrossEntropyCase(256, 50304)],
-    "rope": [RopeCase(4, 512, 12, 64)],
-    "attention": [
-        *(AttentionCase(1, 1024, 1024, 12, 12, 64, c) for c in (False, True)),
-        AttentionCase(8, 128, 128, 3, 3, 64, True),
-    ],
-}

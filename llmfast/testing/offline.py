@@ -21,7 +21,8 @@ from unittest import mock
 
 import torch
 
-from .cases import BENCHMARK_CASES, AttentionCase, Case, RowCase, make_inputs
+from .cases import AttentionCase, Case, RowCase, make_inputs
+from .tables import BENCHMARK_CASES
 
 
 class Compiled(NamedTuple):
@@ -92,7 +93,7 @@ def compile_case(case: Case, dtype: torch.dtype, arch: int) -> list[Compiled]:
             out, statistics = module.attention_fwd(*tensors, case.causal, 0.125)
             module.attention_bwd(out, *tensors, out, statistics, case.causal, 0.125)
         elif case.op == "softmax":
-            module.softmax_bwd(tensors[0], module.softmax_fwd(tensors[0]))
+            module.softmax_bwd(tensors[0], module.softmax_fwd(tensors[0], None, False))
         else:
             y, mean, rstd = module.layer_norm_fwd(*tensors, 1e-5)
             module.layer_norm_bwd(y, tensors[0], tensors[1], mean, rstd, True)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .cases import AttentionCase, Case, CrossEntropyCase
+from .cases import AttentionCase, Case, CrossEntropyCase, Result
 
-Function = Callable[..., Tensor]
+Function = Callable[..., Result]
 
 
 def _compiled(case: Case) -> Function:
@@ -23,7 +23,7 @@ def _compiled(case: Case) -> Function:
 
 def _sdpa(backend: SDPBackend) -> Callable[[Case], Function]:
     def build(case: Case) -> Function:
-        def run(*tensors: Tensor) -> Tensor:
+        def run(*tensors: Tensor) -> Result:
             with sdpa_kernel(backend):
                 return case.torch(*tensors)
 

@@ -17,7 +17,8 @@ from llmfast import ops
 from llmfast.native import library
 from llmfast.testing.accuracy import compare
 from llmfast.testing.arguments import native_arguments
-from llmfast.testing.cases import TEST_CASES, AttentionCase, Case, CrossEntropyCase, RopeCase, RowCase, make_inputs
+from llmfast.testing.cases import AttentionCase, Case, CrossEntropyCase, RopeCase, RowCase, make_inputs
+from llmfast.testing.tables import TEST_CASES
 
 VARIANTS = ("baseline", "avx2", "avx512", "avx512_bf16")
 

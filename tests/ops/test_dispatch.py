@@ -17,6 +17,7 @@ from llmfast import environment, ops
 from llmfast.errors import BackendError, InputError
 from llmfast.ops import BackendFallbackWarning, autograd, reference, registry
 from llmfast.ops.registry import BACKENDS, Backend
+from llmfast.testing.accuracy import outputs
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
@@ -62,6 +63,9 @@ def calls(device: str, dtype: torch.dtype = torch.float32) -> dict[str, tuple[An
         "gelu": (t(2, 8),),
         "bias_gelu": (t(2, 8), t(8)),
         "swiglu": (t(2, 8), t(2, 8)),
+        "geglu": (t(2, 8), t(2, 8)),
+        "add_layer_norm": (t(2, 8), t(2, 8), t(8), t(8)),
+        "add_rms_norm": (t(2, 8), t(2, 8), t(8)),
         "rope": (t(1, 4, 2, 16), t(4, 8).detach(), t(4, 8).detach()),
         "cross_entropy": (t(3, 8), torch.tensor([0, 7, 2], device=device)),
     }
@@ -101,7 +105,7 @@ def test_precedence(
     set_default(variable, monkeypatch)
     if expected == "auto":
         with ops.use_backend("auto"):
-            expected = registry.chosen("softmax", (torch.randn(2, 8, device=device),))
+            expected = registry.chosen("softmax", (torch.randn(2, 8, device=device), None, False))
     if block is None:
         assert softmax_runs(device, argument) == expected
     else:
@@ -229,11 +233,15 @@ def test_op_without_the_backend(op: str, monkeypatch: pytest.MonkeyPatch, device
     arguments = calls(device)[op]
     with pytest.raises(BackendError, match=f"{op}: there is no triton backend"):
         getattr(ops, op)(*arguments, backend="triton")
-    expected = getattr(ops, op)(*arguments, backend="reference")
+
+    def first(backend: str | None = None) -> Tensor:
+        return outputs(getattr(ops, op)(*arguments, backend=backend))[0]
+
+    expected = first("reference")
     with ops.use_backend("triton"):
-        assert torch.equal(getattr(ops, op)(*arguments), expected)
+        assert torch.equal(first(), expected)
     set_default("triton", monkeypatch)
-    assert torch.equal(getattr(ops, op)(*arguments), expected)
+    assert torch.equal(first(), expected)
 
 
 def broken(name: str) -> tuple[Backend, ...]:
@@ -286,7 +294,7 @@ def test_auto_takes_the_first_row_that_can_run(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(BACKENDS, "softmax", (*broken("missing_first"), good))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert registry.choose("softmax", None, (torch.ones(2),)) is reference
+        assert registry.choose("softmax", None, (torch.ones(2), None, False)) is reference
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -328,7 +336,7 @@ def test_explain_refuses_unknown_ops() -> None:
 
 def test_the_table_covers_every_public_op() -> None:
     functions = {name for name in ops.__all__ if name in vars(reference)}
-    assert functions == set(OPS) == set(calls("cpu")) and len(functions) == 9
+    assert functions == set(OPS) == set(calls("cpu")) and len(functions) == 12
     assert {op for op in OPS if BACKENDS[op]} <= set(autograd.FUNCTIONS)
 
 
@@ -356,7 +364,7 @@ def test_backends_have_the_references_parameters(op: str, row: Backend) -> None:
 def test_double_backward_is_refused(op: str, backend: str, device: str) -> None:
     """A kernel has no second derivative; a wrong one (zero) would be silent."""
     arguments = calls(device)[op]
-    out = getattr(ops, op)(*arguments, backend=backend)
+    out = outputs(getattr(ops, op)(*arguments, backend=backend))[0]
     (grad,) = torch.autograd.grad(out.square().sum(), arguments[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.square().sum().backward()

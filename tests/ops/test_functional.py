@@ -11,8 +11,9 @@ from torch import Tensor
 
 from llmfast import ops
 from llmfast.errors import InputError
-from llmfast.ops import functional
+from llmfast.ops import arguments
 from llmfast.ops.registry import BACKENDS
+from llmfast.testing.accuracy import outputs
 
 
 def t(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
@@ -45,6 +46,15 @@ WRONG: list[tuple[Callable[[], object], str, str]] = [
     (lambda: ops.rms_norm(t(2, 3, dtype=torch.int32)), "rms_norm: x ", "torch.int32"),
     (lambda: ops.rms_norm(t(2, 0)), "rms_norm: x ", "(2, 0)"),
     (lambda: ops.rms_norm(t(2, 3), t(4)), "rms_norm: weight ", "(3,)"),
+    (lambda: ops.softmax(t(3), causal=True), "softmax: x ", "queries and keys"),
+    (lambda: ops.softmax(t(3), mask=t(3)), "softmax: mask ", "torch.float32 on cpu"),
+    (lambda: ops.softmax(t(3), mask=[True] * 3), "softmax: mask ", "list"),
+    (lambda: ops.softmax(t(2, 3), mask=t(2, 1, dtype=torch.bool).T), "softmax: mask ", "(1, 2)"),
+    (lambda: ops.softmax(t(3), mask=t(1, 3, dtype=torch.bool)), "softmax: mask ", "(1, 3)"),
+    (lambda: ops.add_rms_norm(t(2, 3), t(3, 2)), "add_rms_norm: residual ", "(3, 2)"),
+    (lambda: ops.add_rms_norm(t(2, 3), t(2, 3, dtype=HALF)), "add_rms_norm: residual ", "torch.float16"),
+    (lambda: ops.add_layer_norm(t(2, 3), t(3)), "add_layer_norm: residual ", "(2, 3)"),
+    (lambda: ops.add_layer_norm(t(2, 3), 0.0), "add_layer_norm: residual ", "float"),
     (lambda: ops.attention(t(1, 2, 3), *[t(1, 2, 1, 3)] * 2), "attention: q ", "(batch, length, heads, head_dim)"),
     (lambda: ops.attention(*[t(1, 2, 1, 3)] * 2, t(2, 3)), "attention: v ", "(2, 3)"),
     (lambda: ops.attention(*[t(1, 2, 1, 3)] * 2, "v"), "attention: v ", "str"),
@@ -63,6 +73,8 @@ WRONG: list[tuple[Callable[[], object], str, str]] = [
     (lambda: ops.bias_gelu(t(2), t(3)), "bias_gelu: bias ", "(2,)"),
     (lambda: ops.swiglu(t(2), t(3)), "swiglu: gate ", "up (3,)"),
     (lambda: ops.swiglu(t(2), t(2, dtype=HALF)), "swiglu: gate ", "torch.float16"),
+    (lambda: ops.geglu(t(2), t(3)), "geglu: gate ", "up (3,)"),
+    (lambda: ops.geglu(t(2), t(2), approximate="erf"), "geglu: approximate ", "'none' or 'tanh'"),
     (lambda: ops.rope(t(1, 2, 4), t(2, 2), t(2, 2)), "rope: x ", "(1, 2, 4)"),
     (lambda: ops.rope(t(1, 2, 1, 3), t(2, 1), t(2, 1)), "rope: x ", "head_dim even"),
     (lambda: ops.rope(t(1, 2, 1, 4), t(2, 4), t(2, 2)), "rope: cos ", "(2, 2)"),
@@ -73,6 +85,12 @@ WRONG: list[tuple[Callable[[], object], str, str]] = [
     (lambda: ops.cross_entropy(t(2, 4), IDS.int()), "cross_entropy: logits ", "torch.int32"),
     (lambda: ops.cross_entropy(t(2, 4), [0, 1]), "cross_entropy: targets ", "not list"),
     (lambda: ops.cross_entropy(t(2, 4), IDS.to("meta")), "cross_entropy: targets ", "on meta but logits on cpu"),
+    (lambda: ops.cross_entropy(t(2, 4), IDS, reduction="max"), "cross_entropy: reduction ", "'max'"),
+    (lambda: ops.cross_entropy(t(2, 4), IDS, label_smoothing=1.5), "cross_entropy: label_smoothing ", "1.5"),
+    (lambda: ops.cross_entropy(t(2, 4), IDS, z_loss=-1.0), "cross_entropy: z_loss ", "-1.0"),
+    (lambda: ops.cross_entropy(t(2, 4), IDS, z_loss=float("inf")), "cross_entropy: z_loss ", "inf"),
+    (lambda: ops.cross_entropy(t(2, 4), IDS, n_classes=5), "cross_entropy: n_classes ", "1 to 4"),
+    (lambda: ops.cross_entropy(t(2, 4), IDS, n_classes=0), "cross_entropy: n_classes ", "1 to 4"),
     (lambda: ops.adamw_(*[t(2)] * 3, t(3), step=1, learning_rate=0.1), "adamw: exp_avg_sq ", "(3,)"),
     (lambda: ops.adamw_(*[t(2)] * 4, step=0, learning_rate=0.1), "adamw: step is 0", "number 1"),
     (lambda: ops.explain("nothing"), "unknown op 'nothing'", "cross_entropy"),
@@ -95,7 +113,7 @@ def test_the_table_above_covers_every_check() -> None:
             call()
         except InputError as error:
             raised_at.add(traceback.extract_tb(error.__traceback__)[-1].lineno)
-    tree = ast.parse(Path(functional.__file__).read_text(encoding="utf-8"))
+    tree = ast.parse(Path(arguments.__file__).read_text(encoding="utf-8"))
     checks = {(node.lineno, node.end_lineno) for node in ast.walk(tree) if isinstance(node, ast.Raise)}
     assert [start for start, end in checks if not any(start <= line <= end for line in raised_at)] == []
 
@@ -129,6 +147,9 @@ def test_results_have_the_inputs_dtype_and_shape(op: str, backend: str, dtype: t
             "softmax": lambda s: [leaf(*s)],
             "gelu": lambda s: [leaf(*s)],
             "swiglu": lambda s: [leaf(*s), leaf(*s)],
+            "geglu": lambda s: [leaf(*s), leaf(*s)],
+            "add_layer_norm": lambda s: [leaf(*s), leaf(*s), leaf(6, dtype=parameter), leaf(6, dtype=parameter)],
+            "add_rms_norm": lambda s: [leaf(*s), leaf(*s), leaf(6, dtype=parameter)],
             "layer_norm": lambda s: [leaf(*s), leaf(6, dtype=parameter), leaf(6, dtype=parameter)],
             "rms_norm": lambda s: [leaf(*s), leaf(6, dtype=parameter)],
             "bias_gelu": lambda s: [leaf(*s), leaf(6, dtype=parameter)],
@@ -140,8 +161,9 @@ def test_results_have_the_inputs_dtype_and_shape(op: str, backend: str, dtype: t
             "cross_entropy": [torch.tensor([0, 5, -100, 2], device=device)],
             "rope": [torch.randn(shape[1] if len(shape) == 4 else 1, 3, dtype=parameter, device=device)] * 2,
         }.get(op, [])
-        out = getattr(ops, op)(*leaves, *extra, backend=backend)
-        assert out.shape == (() if op == "cross_entropy" else leaves[0].shape)
-        assert out.dtype == (parameter if op == "cross_entropy" else dtype)
-        for leaf_, grad in zip(leaves, torch.autograd.grad(out.sum(), leaves), strict=True):
+        outs = outputs(getattr(ops, op)(*leaves, *extra, backend=backend))
+        for out in outs:
+            assert out.shape == (() if op == "cross_entropy" else leaves[0].shape)
+            assert out.dtype == (parameter if op == "cross_entropy" else dtype)
+        for leaf_, grad in zip(leaves, torch.autograd.grad([out.sum() for out in outs], leaves), strict=True):
             assert (grad.shape, grad.dtype) == (leaf_.shape, leaf_.dtype)

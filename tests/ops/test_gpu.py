@@ -6,7 +6,7 @@ from torch import Tensor
 
 from llmfast import ops
 from llmfast.ops.registry import BACKENDS
-from llmfast.testing.accuracy import compare
+from llmfast.testing.accuracy import compare, outputs, upstream
 from llmfast.testing.cases import AttentionCase, CrossEntropyCase, RowCase, make_inputs
 
 pytestmark = pytest.mark.gpu
@@ -58,8 +58,8 @@ def test_rows_repeat_bitwise(op: str, cols: int, backend: str, device: str) -> N
     grad = torch.randn(case.output, device=device)
 
     def once() -> list[Tensor]:
-        out = case.ours(*inputs, backend=backend)
-        return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
+        outs = outputs(case.ours(*inputs, backend=backend))
+        return [*(out.detach() for out in outs), *torch.autograd.grad(outs, inputs, upstream(outs, grad))]
 
     first, different = once(), torch.zeros((), dtype=torch.int64, device=device)
     for _ in range(100):
@@ -154,8 +154,8 @@ def test_cuda_graph_and_side_stream(
     grad = torch.randn(case.output, device=device)
 
     def once() -> list[Tensor]:
-        out = case.ours(*inputs, backend=backend)
-        return [out, *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
+        outs = outputs(case.ours(*inputs, backend=backend))
+        return [*outs, *torch.autograd.grad(outs, inputs, upstream(outs, grad))]
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

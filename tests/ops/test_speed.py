@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from llmfast.ops.registry import BACKENDS, REFERENCE
-from llmfast.testing.cases import BENCHMARK_CASES, CPU_BENCHMARK_CASES, Case, make_inputs
+from llmfast.testing.accuracy import outputs, upstream
+from llmfast.testing.cases import Case, make_inputs
+from llmfast.testing.tables import BENCHMARK_CASES, CPU_BENCHMARK_CASES
 
 pytest.importorskip("pytest_benchmark")
 
@@ -48,23 +50,23 @@ def prepare(case: Case, device: str, benchmark: Any, direction: str) -> list[tor
 def test_forward(case: Case, backend: str, device: str, benchmark: Any) -> None:
     inputs = prepare(case, device, benchmark, "forward")
 
-    def forward() -> torch.Tensor:
+    def forward() -> tuple[torch.Tensor, ...]:
         with torch.no_grad():
-            out = case.ours(*inputs, backend=backend)
+            outs = outputs(case.ours(*inputs, backend=backend))
         wait()
-        return out
+        return outs
 
-    assert benchmark(forward).isfinite().all()
+    assert all(out.isfinite().all() for out in benchmark(forward))
 
 
 @EACH
 def test_backward(case: Case, backend: str, device: str, benchmark: Any) -> None:
     inputs = prepare(case, device, benchmark, "backward")
-    out = case.ours(*inputs, backend=backend)
-    grad = torch.randn_like(out)
+    outs = outputs(case.ours(*inputs, backend=backend))
+    given = upstream(outs, torch.randn_like(outs[0]))
 
     def backward() -> tuple[torch.Tensor, ...]:
-        grads = torch.autograd.grad(out, inputs, grad, retain_graph=True)
+        grads = torch.autograd.grad(outs, inputs, given, retain_graph=True)
         wait()
         return grads
 

@@ -21,7 +21,7 @@ PLANTED = itertools.count()
 def plant(monkeypatch: pytest.MonkeyPatch, fwd: Tensor | float = 0.0, bwd: Tensor | float = 0.0) -> None:
     """A softmax backend that is exact but for `fwd` and `bwd` added to its float32 results."""
 
-    def softmax_fwd(x: Tensor) -> Tensor:
+    def softmax_fwd(x: Tensor, mask: None, causal: bool) -> Tensor:
         return (reference.softmax(x.double()) + fwd).to(x.dtype)
 
     def softmax_bwd(dy: Tensor, y: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def test_a_float32_error_hides_in_float16s_own(monkeypatch: pytest.MonkeyPatch) 
 def test_wrong_dtype_and_shape_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch)
     module = sys.modules[BACKENDS["softmax"][0].module]
-    monkeypatch.setattr(module, "softmax_fwd", lambda x: torch.softmax(x, -1).double())
+    monkeypatch.setattr(module, "softmax_fwd", lambda x, mask, causal: torch.softmax(x, -1).double())
     with pytest.raises(AssertionError, match="float64"):
         verdicts()
 

@@ -50,7 +50,7 @@ def test_a_wrong_backend_gets_no_time(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong = ModuleType("wrong_softmax")
-    wrong.softmax_fwd = lambda x: torch.softmax(x, -1) * 1.0001  # type: ignore[attr-defined]
+    wrong.softmax_fwd = lambda x, mask, causal: torch.softmax(x, -1) * 1.0001  # type: ignore[attr-defined]
     wrong.softmax_bwd = lambda dy, y: y * (dy - (dy * y).sum(-1, keepdim=True))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, wrong.__name__, wrong)
     row = Backend("wrong", wrong.__name__, frozenset({"cpu"}), frozenset({torch.float32}))

@@ -1,0 +1,243 @@
+"""What each op accepts: its arguments checked and completed, in the order in which backends take them.
+
+A wrong one raises InputError with the op's name, the argument's, its value and what it must be.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+
+
+def _check_float(op: str, **tensors: Tensor) -> None:
+    """All tensors are floating point and on the first one's device."""
+    device = None
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise InputError(f"{op}: {name} must be a torch.Tensor, not {type(t).__name__}")
+        if t.dtype not in FLOATS:
+            raise InputError(f"{op}: {name} has dtype {t.dtype}; it must be a floating-point tensor")
+        device = device or t.device
+        if t.device != device:
+            raise InputError(f"{op}: {name} is on {t.device} but {next(iter(tensors))} on {device}; move it there")
+
+
+def _check_rows(op: str, x: Tensor, **parameters: Tensor | None) -> None:
+    """x has a last dimension N, and each parameter that is there is (N,), of x's dtype or of float32."""
+    present = {name: p for name, p in parameters.items() if p is not None}
+    _check_float(op, x=x, **present)
+    length, dtype = x.shape[-1] if x.dim() else 0, x.dtype
+    if length == 0:
+        raise InputError(f"{op}: x has shape {tuple(x.shape)}; its last dimension must hold at least one element")
+    for name, p in present.items():
+        if p.shape != (length,):
+            raise InputError(f"{op}: {name} has shape {tuple(p.shape)}; it must be ({length},), as x's last dimension")
+        if p.dtype is not dtype and p.dtype is not torch.float32:
+            allowed = " or ".join(dict.fromkeys((str(dtype), "torch.float32")))
+            raise InputError(f"{op}: {name} has dtype {p.dtype}; with this x it must be {allowed}")
+
+
+def _check_approximate(op: str, approximate: str) -> None:
+    if approximate not in ("none", "tanh"):
+        raise InputError(f"{op}: approximate is {approximate!r}; it must be 'none' or 'tanh'")
+
+
+def softmax(x: Tensor, *, mask: Tensor | None = None, causal: bool = False) -> tuple[Any, ...]:
+    _check_rows("softmax", x)
+    if causal and x.dim() < 2:
+        raise InputError(f"softmax: x has shape {tuple(x.shape)}; causal needs two dimensions, queries and keys")
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype is not torch.bool or mask.device != x.device:
+            got = f"{mask.dtype} on {mask.device}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise InputError(f"softmax: mask is {got}; it must be a bool tensor on {x.device}, True where x counts")
+        if mask.dim() > x.dim() or any(m not in (1, n) for m, n in zip(mask.shape[::-1], x.shape[::-1], strict=False)):
+            raise InputError(f"softmax: mask has shape {tuple(mask.shape)}; it must broadcast to x's {tuple(x.shape)}")
+    return x, mask, bool(causal)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Any, ...]:
+    _check_rows("layer_norm", x, weight=weight, bias=bias)
+    return x, weight, bias, eps
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, offset: float = 0.0) -> tuple[Any, ...]:
+    _check_rows("rms_norm", x, weight=weight)
+    return x, weight, eps, offset
+
+
+def _check_residual(op: str, x: Tensor, residual: Tensor) -> None:
+    _check_float(op, x=x, residual=residual)
+    if residual.shape != x.shape or residual.dtype is not x.dtype:
+        raise InputError(
+            f"{op}: residual is {tuple(residual.shape)} {residual.dtype}; it must be as x, {tuple(x.shape)} {x.dtype}"
+        )
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Any, ...]:
+    _check_rows("add_layer_norm", x, weight=weight, bias=bias)
+    _check_residual("add_layer_norm", x, residual)
+    return x, residual, weight, bias, eps
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, offset: float = 0.0
+) -> tuple[Any, ...]:
+    _check_rows("add_rms_norm", x, weight=weight)
+    _check_residual("add_rms_norm", x, residual)
+    return x, residual, weight, eps, offset
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None) -> tuple[Any, ...]:
+    _check_float("attention", q=q, k=k, v=v)
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.dim() != 4:
+            raise InputError(
+                f"attention: {name} has shape {tuple(t.shape)}; it must be (batch, length, heads, head_dim)"
+            )
+        if t.dtype != q.dtype:
+            raise InputError(f"attention: {name} has dtype {t.dtype} but q {q.dtype}; cast them to one dtype")
+    if k.shape != v.shape:
+        raise InputError(f"attention: k has shape {tuple(k.shape)} but v {tuple(v.shape)}; they must be equal")
+    batch, _, heads, head_dim = q.shape
+    if k.shape[0] != batch or k.shape[3] != head_dim or head_dim == 0:
+        raise InputError(
+            f"attention: k has shape {tuple(k.shape)} but q {tuple(q.shape)}; k must be ({batch}, Tk, Hkv, {head_dim})"
+        )
+    if k.shape[2] == 0 or heads % k.shape[2]:
+        raise InputError(
+            f"attention: {heads} query heads cannot share {k.shape[2]} key heads; q's heads must be a multiple of k's"
+        )
+    if scale is None:
+        scale = 1.0 / math.sqrt(head_dim)
+    elif not math.isfinite(scale):
+        raise InputError(f"attention: scale is {scale}; it must be finite")
+    return q, k, v, bool(causal), float(scale)
+
+
+def gelu(x: Tensor, *, approximate: str = "none") -> tuple[Any, ...]:
+    _check_float("gelu", x=x)
+    _check_approximate("gelu", approximate)
+    return x, approximate
+
+
+def bias_gelu(x: Tensor, bias: Tensor | None = None, *, approximate: str = "none") -> tuple[Any, ...]:
+    _check_rows("bias_gelu", x, bias=bias)
+    _check_approximate("bias_gelu", approximate)
+    return x, bias, approximate
+
+
+def _check_gated(op: str, gate: Tensor, up: Tensor) -> None:
+    _check_float(op, gate=gate, up=up)
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise InputError(f"{op}: gate is {tuple(gate.shape)} {gate.dtype} but up {tuple(up.shape)} {up.dtype}")
+
+
+def swiglu(gate: Tensor, up: Tensor) -> tuple[Any, ...]:
+    _check_gated("swiglu", gate, up)
+    return gate, up
+
+
+def geglu(gate: Tensor, up: Tensor, *, approximate: str = "tanh") -> tuple[Any, ...]:
+    _check_gated("geglu", gate, up)
+    _check_approximate("geglu", approximate)
+    return gate, up, approximate
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> tuple[Any, ...]:
+    _check_float("rope", x=x, cos=cos, sin=sin)
+    if x.dim() != 4 or x.shape[-1] % 2:
+        raise InputError(
+            f"rope: x has shape {tuple(x.shape)}; it must be (batch, length, heads, head_dim), head_dim even"
+        )
+    expected = (x.shape[1], x.shape[3] // 2)
+    for name, t in (("cos", cos), ("sin", sin)):
+        if t.shape != expected:
+            raise InputError(f"rope: {name} has shape {tuple(t.shape)}; with x {tuple(x.shape)} it must be {expected}")
+    return x, cos, sin, bool(interleaved)
+
+
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+    n_classes: int | None = None,
+    in_place: bool = False,
+) -> tuple[Any, ...]:
+    _check_float("cross_entropy", logits=logits)
+    if not isinstance(targets, Tensor):
+        raise InputError(f"cross_entropy: targets must be a torch.Tensor, not {type(targets).__name__}")
+    if targets.device != logits.device:
+        raise InputError(
+            f"cross_entropy: targets are on {targets.device} but logits on {logits.device}; move them there"
+        )
+    if logits.dim() != 2 or targets.shape != logits.shape[:1] or targets.dtype != torch.int64:
+        raise InputError(
+            f"cross_entropy: logits are {tuple(logits.shape)} and targets {tuple(targets.shape)} {targets.dtype};"
+            " they must be (N, V) and (N,) torch.int64"
+        )
+    if reduction not in ("mean", "sum", "none"):
+        raise InputError(f"cross_entropy: reduction is {reduction!r}; it must be 'mean', 'sum' or 'none'")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise InputError(f"cross_entropy: label_smoothing is {label_smoothing}; it must be from 0 to 1")
+    if not 0.0 <= z_loss < math.inf:
+        raise InputError(f"cross_entropy: z_loss is {z_loss}; it must be 0 or more")
+    classes = logits.shape[1]
+    if n_classes is not None and not 0 < n_classes <= classes:
+        raise InputError(f"cross_entropy: n_classes is {n_classes}; of {classes} columns it can be 1 to {classes}")
+    options = ignore_index, float(label_smoothing), float(z_loss), reduction, n_classes or classes
+    return logits, targets, *options, bool(in_place)
+
+
+def adamw(
+    parameter: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step: int,
+    learning_rate: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    grad_scale: float = 1.0,
+) -> tuple[Any, ...]:
+    tensors = {"parameter": parameter, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    _check_float("adamw", parameter=parameter, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    for name, t in tensors.items():
+        if t.shape != parameter.shape or t.dtype != parameter.dtype:
+            raise InputError(
+                f"adamw: {name} is {tuple(t.shape)} {t.dtype} but parameter {tuple(parameter.shape)} {parameter.dtype}"
+            )
+    if step < 1:
+        raise InputError(f"adamw: step is {step}; the first update is number 1")
+    return *tensors.values(), step, learning_rate, *betas, eps, weight_decay, grad_scale
+
+
+ARGUMENTS = {
+    "softmax": softmax,
+    "layer_norm": layer_norm,
+    "attention": attention,
+    "rms_norm": rms_norm,
+    "add_layer_norm": add_layer_norm,
+    "add_rms_norm": add_rms_norm,
+    "gelu": gelu,
+    "bias_gelu": bias_gelu,
+    "swiglu": swiglu,
+    "geglu": geglu,
+    "rope": rope,
+    "cross_entropy": cross_entropy,
+    "adamw": adamw,
+}

@@ -1,0 +1,110 @@
+"""The tables of cases: `TEST_CASES` for tests, `BENCHMARK_CASES` and `CPU_BENCHMARK_CASES` for benchmarks."""
+
+from .cases import ROW_INPUTS, AttentionCase, Case, CrossEntropyCase, RopeCase, RowCase
+
+
+def _rows(op: str, *shapes: tuple[int, int]) -> list[Case]:
+    return [RowCase(op, *shape) for shape in shapes]
+
+
+# Ragged, prime, one below and above a power of two, length one, empty; the last column counts take the long-row path.
+_ROW_SHAPES = [
+    (1, 1),
+    (3, 1),
+    (4, 7),
+    (33, 64),
+    (5, 127),
+    (2, 1023),
+    (3, 1025),
+    (17, 768),
+    (0, 16),
+    (2, 9001),
+    (2, 33000),
+]
+
+# (B, Tq, Tk, H, Hkv, D): lengths around the tile sizes, one query, one key, no query, no key, more queries than keys
+# (causal rows that see nothing), grouped and single key heads, head dimensions that are no power of two.
+_ATTENTION_SHAPES = [
+    (1, 1, 1, 1, 1, 16),
+    (2, 3, 3, 2, 2, 64),
+    (1, 64, 1, 1, 1, 64),
+    (1, 1, 70, 4, 2, 64),
+    (1, 64, 32, 2, 1, 32),
+    (2, 65, 127, 2, 2, 64),
+    (1, 113, 203, 4, 1, 64),
+    (1, 128, 128, 2, 2, 128),
+    (1, 129, 65, 6, 3, 40),
+    (1, 90, 90, 3, 1, 96),
+    (1, 33, 50, 2, 2, 256),
+    (2, 40, 17, 2, 2, 8),
+    (0, 8, 8, 2, 2, 64),
+    (1, 0, 8, 2, 2, 64),
+    (2, 5, 0, 2, 1, 64),
+]
+
+_ROPE_SHAPES = [(1, 1, 1, 2), (2, 7, 3, 6), (1, 33, 2, 64), (3, 5, 1, 128), (0, 4, 2, 8), (2, 0, 2, 8)]
+
+_CROSS_ENTROPY_OPTIONS = [
+    CrossEntropyCase(9, 300, label_smoothing=0.1),
+    CrossEntropyCase(9, 300, z_loss=0.01),
+    CrossEntropyCase(9, 300, reduction="sum"),
+    CrossEntropyCase(9, 300, reduction="none"),
+    CrossEntropyCase(9, 320, padding=47),
+    CrossEntropyCase(9, 300, in_place=True),
+    CrossEntropyCase(7, 9001, 0.2, 0.001, "none", 100, True),
+    CrossEntropyCase(0, 16, reduction="none"),
+    CrossEntropyCase(0, 16, 0.1, 0.1, "sum"),
+]
+
+TEST_CASES: dict[str, list[Case]] = {
+    # A row of one element has a norm whose gradient is a true zero: beside the sum's gradient its rounding would show.
+    **{op: _rows(op, *(s for s in _ROW_SHAPES if s[1] > 1 or not op.startswith("add_"))) for op in ROW_INPUTS},
+    "cross_entropy": [*(CrossEntropyCase(*shape) for shape in _ROW_SHAPES), *_CROSS_ENTROPY_OPTIONS],
+    "rope": [RopeCase(*shape, interleaved) for shape in _ROPE_SHAPES for interleaved in (False, True)],
+    "attention": [AttentionCase(*shape, causal) for shape in _ATTENTION_SHAPES for causal in (False, True)],
+}
+
+
+def _attention_benchmark() -> list[Case]:
+    """16k tokens a batch and hidden size 2048, as FlashAttention's papers measure."""
+    lengths = (512, 1024, 2048, 4096, 8192, 16384)
+    return [
+        AttentionCase(16384 // t, t, t, 2048 // d, 2048 // d, d, causal)
+        for d in (64, 128)
+        for causal in (False, True)
+        for t in lengths
+    ]
+
+
+_NORM_SHAPES = ((32768, 768), (32768, 2048), (32768, 4096), (32768, 8192), (8192, 32768))
+_VERY_LONG_ROWS = ((4096, 65536), (2048, 131072))
+
+BENCHMARK_CASES: dict[str, list[Case]] = {
+    "softmax": _rows(
+        "softmax", (32768, 1024), (32768, 4096), (16384, 8192), (8192, 32768), (8192, 50304), *_VERY_LONG_ROWS
+    ),
+    "layer_norm": _rows("layer_norm", *_NORM_SHAPES, *_VERY_LONG_ROWS),
+    "rms_norm": _rows("rms_norm", *_NORM_SHAPES, *_VERY_LONG_ROWS),
+    "gelu": _rows("gelu", (32768, 3072)),
+    "bias_gelu": _rows("bias_gelu", (32768, 3072), (16384, 8192)),
+    "add_layer_norm": _rows("add_layer_norm", *_NORM_SHAPES),
+    "add_rms_norm": _rows("add_rms_norm", *_NORM_SHAPES),
+    "swiglu": _rows("swiglu", (32768, 3072), (16384, 8192)),
+    "geglu": _rows("geglu", (32768, 3072), (16384, 8192)),
+    "cross_entropy": [CrossEntropyCase(32768, 4096), CrossEntropyCase(16384, 50304), CrossEntropyCase(4096, 131072)],
+    "rope": [RopeCase(16, 1024, 12, 64), RopeCase(4, 4096, 16, 128)],
+    "attention": _attention_benchmark(),
+}
+
+# What a machine without a GPU runs instead.
+_CPU_SHAPES = ((4096, 768), (1024, 4096))
+CPU_BENCHMARK_CASES: dict[str, list[Case]] = {
+    "softmax": _rows("softmax", (1024, 768), (256, 50304)),
+    **{op: _rows(op, *_CPU_SHAPES) for op in ROW_INPUTS if op != "softmax"},
+    "cross_entropy": [CrossEntropyCase(4096, 768), CrossEntropyCase(1024, 4096), CrossEntropyCase(256, 50304)],
+    "rope": [RopeCase(4, 512, 12, 64)],
+    "attention": [
+        *(AttentionCase(1, 1024, 1024, 12, 12, 64, c) for c in (False, True)),
+        AttentionCase(8, 128, 128, 3, 3, 64, True),
+    ],
+}
