@@ -2,7 +2,8 @@
 
 A row of up to 32768 elements is read once and held in registers; a longer one takes two passes, the
 first keeping a running maximum and sum per lane (online softmax, https://arxiv.org/abs/1805.02867). Arithmetic is
-float32. Not supported: float64, and softmax over any dimension but the last.
+float32. What a mask or causality hides counts as -inf and gets 0. Not supported: float64, softmax over any dimension
+but the last.
 """
 
 import torch
@@ -14,20 +15,52 @@ from ._common import as_rows, exponential, row_settings
 
 
 @triton.jit
-def _softmax_fwd_kernel(X, Y, x_stride, n_rows, n_cols, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """X: (n_rows, n_cols) with row stride x_stride; Y: the same, contiguous. ROWS rows per program, BLOCK >= n_cols."""
+def _visible(Mask, row, col, mask_strides, sizes, n_cols, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr):
+    """Which columns of these rows take part. Rows number (first, second, query) of `sizes` = (second, queries)."""
+    visible = col < n_cols
+    second, queries = sizes
+    query = row % queries
+    if HAS_MASK:
+        first_stride, second_stride, query_stride, col_stride = mask_strides
+        outer = row // queries
+        at = (outer // second) * first_stride + (outer % second) * second_stride + query * query_stride
+        visible = visible & (tl.load(Mask + at + col * col_stride, mask=visible, other=0) != 0)
+    if CAUSAL:  # aligned bottom right
+        visible = visible & (col <= query + (n_cols - queries))
+    return visible
+
+
+@triton.jit
+def _softmax_fwd_kernel(
+    X, Mask, Y, x_stride, mask_strides, sizes, n_rows, n_cols,
+    HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """X: (n_rows, n_cols) with row stride x_stride; Y: the same, contiguous. ROWS rows per program, BLOCK >= n_cols.
+
+    Mask: bool, of strides `mask_strides` over (first, second, query, column); see _visible.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK)[None, :]
     inside = (row < n_rows) & (col < n_cols)
-    x = tl.load(X + row * x_stride + col, mask=inside, other=-float("inf")).to(tl.float32)
+    seen = inside
+    if HAS_MASK or CAUSAL:
+        seen = (row < n_rows) & _visible(
+            Mask, tl.minimum(row, n_rows - 1), col, mask_strides, sizes, n_cols, HAS_MASK, CAUSAL
+        )
+    x = tl.load(X + row * x_stride + col, mask=seen, other=-float("inf")).to(tl.float32)
     e = exponential(x - tl.max(x, 1)[:, None], Y.dtype.element_ty == tl.float32)
     total = tl.sum(e, 1)[:, None]
     y = tl.div_rn(e, total) if Y.dtype.element_ty == tl.float32 else e / total
+    if HAS_MASK or CAUSAL:  # also a row that sees nothing, whose e is NaN
+        y = tl.where(seen, y, 0.0)
     tl.store(Y + row * n_cols + col, y.to(Y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _softmax_fwd_long_kernel(X, Y, x_stride, n_cols, BLOCK: tl.constexpr):
+def _softmax_fwd_long_kernel(
+    X, Mask, Y, x_stride, mask_strides, sizes, n_cols,
+    HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The same for one row per program, walked twice in blocks."""
     row = tl.program_id(0).to(tl.int64)
     X += row * x_stride
@@ -37,7 +70,8 @@ def _softmax_fwd_long_kernel(X, Y, x_stride, n_cols, BLOCK: tl.constexpr):
     s = tl.zeros([BLOCK], tl.float32)
     for start in range(0, n_cols, BLOCK):
         col = start + tl.arange(0, BLOCK)
-        x = tl.load(X + col, mask=col < n_cols, other=-float("inf")).to(tl.float32)
+        seen = _visible(Mask, row, col, mask_strides, sizes, n_cols, HAS_MASK, CAUSAL)
+        x = tl.load(X + col, mask=seen, other=-float("inf")).to(tl.float32)
         larger = tl.maximum(m, x)
         # A lane that has seen only -inf keeps a sum of 0: -inf - -inf would make it NaN.
         base = tl.where(larger == -float("inf"), 0.0, larger)
@@ -47,8 +81,11 @@ def _softmax_fwd_long_kernel(X, Y, x_stride, n_cols, BLOCK: tl.constexpr):
     r = tl.div_rn(1.0, tl.sum(s * exponential(m - row_max, EXACT), 0))
     for start in range(0, n_cols, BLOCK):
         col = start + tl.arange(0, BLOCK)
-        x = tl.load(X + col, mask=col < n_cols, other=-float("inf")).to(tl.float32)
+        seen = _visible(Mask, row, col, mask_strides, sizes, n_cols, HAS_MASK, CAUSAL)
+        x = tl.load(X + col, mask=seen, other=-float("inf")).to(tl.float32)
         y = exponential(x - row_max, EXACT) * r
+        if HAS_MASK or CAUSAL:
+            y = tl.where(seen, y, 0.0)
         tl.store(Y + col, y.to(Y.dtype.element_ty), mask=col < n_cols)
 
 
@@ -85,21 +122,31 @@ def _softmax_bwd_long_kernel(DY, Y, DX, dy_stride, n_cols, BLOCK: tl.constexpr):
 
 
 def softmax_fwd(x: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """x: (..., N) -> y of the same shape and dtype, contiguous."""
+    """x: (..., N); mask: bool, broadcastable to x -> y of x's shape and dtype, contiguous."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
     rows = as_rows(x)
     n_rows, n_cols = rows.shape
     per_program, block, warps = row_settings(n_cols)
+    strides, sizes = (0, 0, 0, 0), (1, x.shape[-2] if x.dim() > 1 else 1)
+    if mask is not None:
+        mask = _four_dimensions(mask, x)
+        strides, sizes = mask.stride(), mask.shape[1:3]
+    args = (rows, rows if mask is None else mask, y, rows.stride(0), strides, tuple(sizes))
+    flags = {"HAS_MASK": mask is not None, "CAUSAL": causal, "BLOCK": block, "num_warps": warps}
     if n_cols <= block:
-        grid = (triton.cdiv(n_rows, per_program),)
-        _softmax_fwd_kernel[grid](
-            rows, y, rows.stride(0), n_rows, n_cols, ROWS=per_program, BLOCK=block, num_warps=warps
-        )
+        _softmax_fwd_kernel[(triton.cdiv(n_rows, per_program),)](*args, n_rows, n_cols, ROWS=per_program, **flags)
     else:
-        _softmax_fwd_long_kernel[(n_rows,)](rows, y, rows.stride(0), n_cols, BLOCK=block, num_warps=warps)
+        _softmax_fwd_long_kernel[(n_rows,)](*args, n_cols, **flags)
     return y
+
+
+def _four_dimensions(mask: Tensor, x: Tensor) -> Tensor:
+    """The mask as (first, second, query, column) of x: without a copy for up to four dimensions."""
+    mask = mask.expand(x.shape)
+    mask = mask[(None,) * (4 - x.dim())]
+    return mask if mask.dim() == 4 else mask.flatten(0, -4)
 
 
 def softmax_bwd(dy: Tensor, y: Tensor) -> Tensor:
@@ -118,8 +165,3 @@ def softmax_bwd(dy: Tensor, y: Tensor) -> Tensor:
     else:
         _softmax_bwd_long_kernel[(n_rows,)](rows, y, dx, rows.stride(0), n_cols, BLOCK=block, num_warps=warps)
     return dx
-
-
-def softmax_limits(x: Tensor, mask: Tensor | None, causal: bool) -> str | None:
-    """Why the kernels cannot give what is asked."""
-    return "has no mask" if causal or mask is not None else None

@@ -222,6 +222,53 @@ def test_softmax_infinities(backend: str, cols: int, device: str) -> None:
     torch.testing.assert_close(y, expected, equal_nan=True)
 
 
+MASKS = {  # over x of shape (2, 3, 5, n)
+    "full": (2, 3, 5, None),
+    "one for all heads": (2, 1, 5, None),
+    "keys": (2, 1, 1, None),
+    "queries and keys": (5, None),
+    "queries": (5, 1),
+}
+
+
+@pytest.mark.parametrize("backend", ["triton", REFERENCE])
+@pytest.mark.parametrize("cols", [3, 50, 40_000])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("layout", [None, *MASKS])
+def test_softmax_of_what_is_visible(layout: str | None, causal: bool, cols: int, backend: str, device: str) -> None:
+    """Against PyTorch's own softmax of -inf; rows that see nothing give zeros and pass no gradient on."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 5, cols, generator=generator).to(device).requires_grad_()
+    mask = None
+    if layout is not None:
+        mask = (torch.rand([n or cols for n in MASKS[layout]], generator=generator) > 0.5).to(device)
+        mask.flatten(0, -2)[0] = False
+    visible = torch.ones(5, cols, dtype=torch.bool, device=device)
+    visible = (visible.tril(cols - 5) if causal else visible) & (visible if mask is None else mask)
+    hidden = torch.softmax(x.double().masked_fill(~visible, float("-inf")), -1)
+    truth = torch.where(visible, hidden, 0.0)
+    y = ops.softmax(x, mask=mask, causal=causal, backend=backend)
+    torch.testing.assert_close(y.double(), truth, rtol=2e-6, atol=1e-9)
+    assert (y[~visible.expand(x.shape)] == 0).all()
+    grad = torch.randn(x.shape, generator=generator).to(device)
+    expected = truth * (grad - (grad * truth).sum(-1, keepdim=True))
+    (dx,) = torch.autograd.grad(y, x, grad)
+    torch.testing.assert_close(dx.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["triton", REFERENCE])
+def test_masked_softmax_keeps_nan(backend: str, device: str) -> None:
+    """A visible NaN spoils its row, a hidden one does not; a row whose visible values are all -inf is NaN."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    x = torch.zeros(4, 6, device=device)
+    x[0, 1], x[1, 4], x[2, :4] = float("nan"), float("nan"), float("-inf")
+    y = ops.softmax(x, mask=torch.arange(6, device=device) < 4, backend=backend)
+    assert y.isnan().tolist() == [[True] * 4 + [False] * 2, [False] * 6, [True] * 4 + [False] * 2, [False] * 6]
+
+
 @EACH
 def test_backward_is_bitwise_repeatable(case: Case, backend: str, device: str) -> None:
     if backend == "triton":

@@ -1,0 +1,190 @@
+"""GELU (https://arxiv.org/abs/1606.08415), alone and with the bias before it, and the gated pairs SwiGLU and GEGLU
+(https://arxiv.org/abs/2002.05202): act(x + bias) or act(gate) * up, forward and backward, one pass each.
+
+Element by element over tiles of rows, in float32. The bias's gradient is one float32 partial per column of tiles and
+group of rows, added up in a fixed order, so that it is bitwise repeatable. Not supported: float64.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import as_rows, exponential, multiprocessors
+
+MAX_BLOCK = 1024  # columns of a tile
+TILE = 4096  # elements of it
+WARPS = 8  # 16 elements a thread: two 16-byte vectors of 16-bit values
+
+
+@triton.jit
+def _sigmoid(x, EXACT: tl.constexpr):
+    """(s, s (1 - s)), s the sigmoid of x: from e^-|x|, which cannot overflow, and without a difference from 1."""
+    e = exponential(-tl.abs(x), EXACT)
+    larger = tl.div_rn(1.0, 1.0 + e) if EXACT else 1.0 / (1.0 + e)
+    smaller = e * larger
+    return tl.where(x >= 0, larger, smaller), larger * smaller
+
+
+@triton.jit
+def _activation(x, KIND: tl.constexpr, EXACT: tl.constexpr):
+    """(act(x), act'(x)); KIND: "erf" and "tanh" of GELU, "silu"."""
+    if KIND == "erf":
+        phi = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+        density = 0.3989422804014327 * exponential(-0.5 * x * x, EXACT)
+        return x * phi, phi + x * density
+    if KIND == "tanh":  # (1 + tanh(z / 2)) / 2 is the sigmoid of z = sqrt(8 / pi) (x + 0.044715 x^3)
+        s, slope = _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x), EXACT)
+        slope = tl.where(slope == 0.0, 0.0, slope * 1.5957691216057308 * (1.0 + 0.134145 * x * x))  # not 0 times inf
+        return x * s, s + x * slope
+    s, slope = _sigmoid(x, EXACT)
+    return x * s, s + x * slope
+
+
+@triton.jit
+def _activation_fwd_kernel(
+    X, Bias, Up, Y, x_stride, up_stride, n_rows, n_cols,
+    KIND: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """X, Up: (n_rows, n_cols) with row strides; Bias: (n_cols,); Y: as X, contiguous. A tile per program."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = (row < n_rows) & (col < n_cols)
+    EXACT: tl.constexpr = Y.dtype.element_ty == tl.float32
+    x = tl.load(X + row * x_stride + col, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        x += tl.load(Bias + col, mask=col < n_cols, other=0.0).to(tl.float32)
+    y, _ = _activation(x, KIND, EXACT)
+    if GATED:
+        y *= tl.load(Up + row * up_stride + col, mask=inside, other=0.0).to(tl.float32)
+    tl.store(Y + row * n_cols + col, y.to(Y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _activation_bwd_kernel(
+    DY, X, Bias, Up, DX, DUp, Partial, dy_stride, x_stride, up_stride, n_rows, n_cols,
+    KIND: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dx = dy * up * act'(x + bias), dup = dy * act(x + bias), and sums of dx over the tiles that a program walks.
+
+    DY, X, Up: (n_rows, n_cols) with row strides; DX, DUp: contiguous; Partial: (programs of dimension 0, n_cols) fp32.
+    """
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    EXACT: tl.constexpr = DX.dtype.element_ty == tl.float32
+    bias = tl.zeros([1, BLOCK], tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(Bias + col, mask=col < n_cols, other=0.0).to(tl.float32)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS):
+        row = start + tl.arange(0, ROWS)[:, None].to(tl.int64)
+        inside = (row < n_rows) & (col < n_cols)
+        dy = tl.load(DY + row * dy_stride + col, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(X + row * x_stride + col, mask=inside, other=0.0).to(tl.float32) + bias
+        y, slope = _activation(x, KIND, EXACT)
+        if GATED:
+            up = tl.load(Up + row * up_stride + col, mask=inside, other=0.0).to(tl.float32)
+            tl.store(DUp + row * n_cols + col, (dy * y).to(DX.dtype.element_ty), mask=inside)
+            dy *= up
+        dx = dy * slope
+        tl.store(DX + row * n_cols + col, dx.to(DX.dtype.element_ty), mask=inside)
+        if HAS_BIAS:
+            total += tl.where(inside, dx, 0.0)
+    if HAS_BIAS:
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        partial = Partial + tl.program_id(0).to(tl.int64) * n_cols + column
+        tl.store(partial, tl.sum(total, 0), mask=column < n_cols)
+
+
+def _tile(n_cols: int) -> dict[str, int]:
+    block = min(MAX_BLOCK, max(16, triton.next_power_of_2(n_cols)))
+    return {"ROWS": max(1, TILE // block), "BLOCK": block, "num_warps": WARPS}
+
+
+def _forward(x: Tensor, bias: Tensor | None, up: Tensor | None, kind: str) -> Tensor:
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    rows = _rows(x)
+    up_rows = rows if up is None else _rows(up)
+    n_rows, n_cols = rows.shape
+    tile = _tile(n_cols)
+    grid = (triton.cdiv(n_rows, tile["ROWS"]), triton.cdiv(n_cols, tile["BLOCK"]))
+    _activation_fwd_kernel[grid](
+        rows, rows if bias is None else bias.contiguous(), up_rows, y, rows.stride(0), up_rows.stride(0),
+        n_rows, n_cols,
+        KIND=kind, HAS_BIAS=bias is not None, GATED=up is not None, **tile,
+    )  # fmt: skip
+    return y
+
+
+def _backward(
+    dy: Tensor, x: Tensor, bias: Tensor | None, up: Tensor | None, kind: str
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """-> dx and, where there are, dup and dbias (float32)."""
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dup = None if up is None else torch.empty_like(dx)
+    if dx.numel() == 0:
+        return dx, dup, None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=x.device)
+    dy_rows, rows = _rows(dy), _rows(x)
+    up_rows = rows if up is None else _rows(up)
+    n_rows, n_cols = rows.shape
+    tile = _tile(n_cols)
+    columns, programs = triton.cdiv(n_cols, tile["BLOCK"]), triton.cdiv(n_rows, tile["ROWS"])
+    if bias is not None:  # each program leaves a partial: as many as keep the device busy
+        programs = min(programs, max(1, 8 * multiprocessors(x.device) // columns))
+    partial = None if bias is None else torch.empty((programs, n_cols), dtype=torch.float32, device=x.device)
+    _activation_bwd_kernel[(programs, columns)](
+        dy_rows, rows, rows if bias is None else bias.contiguous(), up_rows, dx, dx if dup is None else dup,
+        dx if partial is None else partial, dy_rows.stride(0), rows.stride(0), up_rows.stride(0), n_rows, n_cols,
+        KIND=kind, HAS_BIAS=bias is not None, GATED=up is not None, **tile,
+    )  # fmt: skip
+    return dx, dup, None if partial is None else partial.sum(0)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return as_rows(x if x.dim() else x[None])
+
+
+def _kind(approximate: str) -> str:
+    return "erf" if approximate == "none" else "tanh"
+
+
+def gelu_fwd(x: Tensor, approximate: str) -> Tensor:
+    """x of any shape -> gelu(x), contiguous."""
+    return _forward(x, None, None, _kind(approximate))
+
+
+def gelu_bwd(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
+    """-> dx as x."""
+    return _backward(dy, x, None, None, _kind(approximate))[0]
+
+
+def bias_gelu_fwd(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+    """x: (..., N); bias: (N,) or None -> gelu(x + bias), contiguous."""
+    return _forward(x, bias, None, _kind(approximate))
+
+
+def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str) -> tuple[Tensor, Tensor | None]:
+    """-> dx as x; dbias (N,) float32 or None."""
+    dx, _, db = _backward(dy, x, bias, None, _kind(approximate))
+    return dx, db
+
+
+def swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
+    """gate, up: (..., N) -> silu(gate) * up, contiguous."""
+    return _forward(gate, None, up, "silu")
+
+
+def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor | None]:
+    """-> dgate, dup, contiguous."""
+    return _backward(dy, gate, None, up, "silu")[:2]
+
+
+def geglu_fwd(gate: Tensor, up: Tensor, approximate: str) -> Tensor:
+    """gate, up: (..., N) -> gelu(gate) * up, contiguous."""
+    return _forward(gate, None, up, _kind(approximate))
+
+
+def geglu_bwd(dy: Tensor, gate: Tensor, up: Tensor, approximate: str) -> tuple[Tensor, Tensor | None]:
+    """-> dgate, dup, contiguous."""
+    return _backward(dy, gate, None, up, _kind(approximate))[:2]

@@ -1,0 +1,78 @@
+"""Rotary position embedding (https://arxiv.org/abs/2104.09864) in half and interleaved layout, forward and backward.
+
+Each pair of a head is turned by its position's angle: one read and one write of x, in float32; the backward pass turns
+back. Not supported: float64, and gradients of the tables.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = 2048  # pairs of a program
+WARPS = 8
+
+
+@triton.jit
+def _rope_kernel(
+    X, Cos, Sin, Y, batch_stride, token_stride, head_stride, n_rows, length, heads, half,
+    BACK: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """X: (batch, length, heads, 2 half) with strides but the last; Cos, Sin: (length, half); Y: as X, contiguous.
+
+    ROWS heads of tokens a program, HALF >= half.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    token, head = row // heads, row % heads
+    position = token % length
+    x_row = X + (token // length) * batch_stride + position * token_stride + head * head_stride
+    y_row = Y + row * (2 * half)
+    pair = tl.arange(0, HALF)[None, :]
+    inside = (row < n_rows) & (pair < half)
+    cos = tl.load(Cos + position * half + pair, mask=inside, other=0.0).to(tl.float32)
+    sin = tl.load(Sin + position * half + pair, mask=inside, other=0.0).to(tl.float32)
+    if BACK:
+        sin = -sin
+    if INTERLEAVED:  # whole vectors are read and written, and pairs parted in registers
+        element = tl.arange(0, 2 * HALF)[None, :]
+        both = (row < n_rows) & (element < 2 * half)
+        x = tl.load(x_row + element, mask=both, other=0.0).to(tl.float32)
+        first, second = tl.split(tl.reshape(x, (ROWS, HALF, 2)))
+        turned = tl.join(first * cos - second * sin, second * cos + first * sin)
+        y = tl.reshape(turned, (ROWS, 2 * HALF))
+        tl.store(y_row + element, y.to(Y.dtype.element_ty), mask=both)
+    else:
+        first = tl.load(x_row + pair, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(x_row + half + pair, mask=inside, other=0.0).to(tl.float32)
+        tl.store(y_row + pair, (first * cos - second * sin).to(Y.dtype.element_ty), mask=inside)
+        tl.store(y_row + half + pair, (second * cos + first * sin).to(Y.dtype.element_ty), mask=inside)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool) -> Tensor:
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    x = x if x.stride(3) == 1 else x.contiguous()
+    batch, length, heads, head_dim = x.shape
+    block = max(2, triton.next_power_of_2(head_dim // 2))
+    n_rows, rows = batch * length * heads, max(1, TILE // block)
+    _rope_kernel[(triton.cdiv(n_rows, rows),)](
+        x, cos.contiguous(), sin.contiguous(), y, *x.stride()[:3], n_rows, length, heads, head_dim // 2,
+        BACK=back, INTERLEAVED=interleaved, ROWS=rows, HALF=block, num_warps=WARPS,
+    )  # fmt: skip
+    return y
+
+
+def rope_fwd(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """x: (B, T, H, D) of any strides; cos, sin: (T, D/2) -> as x, contiguous."""
+    return _rotate(x, cos, sin, interleaved, back=False)
+
+
+def rope_bwd(dy: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """-> dx, contiguous."""
+    return _rotate(dy, cos, sin, interleaved, back=True)
+
+
+def rope_limits(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> str | None:
+    """Why the kernel cannot give what is asked."""
+    return "gives cos and sin no gradient; detach them" if cos.requires_grad or sin.requires_grad else None
