@@ -15,13 +15,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 
-from .cases import AttentionCase, Case, RowCase, make_inputs
+from ..ops import registry
+from ..ops.registry import BACKENDS
+from .accuracy import outputs, upstream
+from .cases import AttentionCase, Case, RopeCase, RowCase, make_inputs
 from .tables import BENCHMARK_CASES
 
 
@@ -38,7 +41,12 @@ class Compiled(NamedTuple):
 
 # One small case per tile configuration: compilation depends on head dimension, causality and row length alone.
 CASES: list[Case] = [
-    *(RowCase(op, 2, cols) for op in ("softmax", "layer_norm") for cols in (64, 768, 4096, 16384, 32768, 65536)),
+    *(
+        RowCase(op, 2, cols)
+        for op in ("softmax", "layer_norm", "gelu", "bias_gelu", "swiglu", "geglu")
+        for cols in (64, 768, 4096, *((16384, 32768, 65536) if op in ("softmax", "layer_norm") else ()))
+    ),
+    *(RopeCase(1, 2, 2, d, interleaved) for d in (64, 128) for interleaved in (False, True)),
     *(AttentionCase(1, 256, 256, 2, 1, d, causal) for d in (64, 128, 256) for causal in (False, True)),
 ]
 
@@ -84,19 +92,17 @@ def _resources(cubin: bytes, arch: int) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def _triton_module(op: str, *_: Any, **__: Any) -> ModuleType:
+    """What `registry.choose` would give on a GPU for backend="triton"."""
+    return importlib.import_module(next(row.module for row in BACKENDS[op] if row.name == "triton"))
+
+
 def compile_case(case: Case, dtype: torch.dtype, arch: int) -> list[Compiled]:
     """Every kernel that the case's forward and backward would launch on sm_<arch>."""
-    tensors = [t.detach() for t in make_inputs(case, "cpu", dtype)]
-    module = importlib.import_module({"layer_norm": "llmfast.kernels.norm"}.get(case.op, f"llmfast.kernels.{case.op}"))
-    with _compiling_for(arch) as compiled:
-        if isinstance(case, AttentionCase):
-            out, statistics = module.attention_fwd(*tensors, case.causal, 0.125)
-            module.attention_bwd(out, *tensors, out, statistics, case.causal, 0.125)
-        elif case.op == "softmax":
-            module.softmax_bwd(tensors[0], module.softmax_fwd(tensors[0], None, False))
-        else:
-            y, mean, rstd = module.layer_norm_fwd(*tensors, 1e-5)
-            module.layer_norm_bwd(y, tensors[0], tensors[1], mean, rstd, True)
+    inputs = make_inputs(case, "cpu", dtype)
+    with _compiling_for(arch) as compiled, mock.patch.object(registry, "choose", _triton_module):
+        outs = outputs(case.ours(*inputs, backend="triton"))
+        torch.autograd.grad(outs, inputs, upstream(outs, torch.ones(case.output)))
     label = f"{case.label} {str(dtype).removeprefix('torch.')}"
     return [
         Compiled(name, label, k.metadata.num_warps, *_resources(k.asm["cubin"], arch), k.metadata.shared)
