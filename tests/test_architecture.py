@@ -22,6 +22,7 @@ FLOORS = {
     "weights": 4,
     "inference": 4,
     "models": 3,
+    "nn": 3,
     "tokenizers": 3,
     "testing": 3,
     "ops": 2,

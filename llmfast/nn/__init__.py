@@ -1,0 +1,11 @@
+"""Modules of torch.nn by the same names, constructors and parameters, over `llmfast.ops`: a model changes an import.
+
+from llmfast import nn as fast
+fast.LayerNorm(768)                      # as torch.nn.LayerNorm(768), checkpoints interchangeable
+"""
+
+from .activations import GELU, Softmax
+from .loss import CrossEntropyLoss
+from .norms import LayerNorm, RMSNorm
+
+__all__ = ["GELU", "CrossEntropyLoss", "LayerNorm", "RMSNorm", "Softmax"]
