@@ -27,10 +27,30 @@ def _sigmoid(x, EXACT: tl.constexpr):
 
 
 @triton.jit
+def _normal_cdf(x):
+    """Phi(x) for 16-bit results, as the sigmoid of an odd polynomial fitted (minimax on |x| < 5.7) to its logit.
+
+    Its relative error of 1e-4 is below their rounding also where Phi is small; an erf as good in absolute error is not.
+    """
+    t = tl.minimum(x * x, 32.49)
+    p = -2.32770811e-11 * t + 3.26981285e-9
+    p = p * t - 1.88905157e-7
+    p = p * t + 5.65033331e-6
+    p = p * t - 8.22297903e-5
+    p = p * t - 2.28392837e-4
+    p = p * t + 7.30593101e-2
+    p = p * t + 1.59550194
+    return 1.0 / (1.0 + tl.exp2(x * p * -1.4426950408889634))
+
+
+@triton.jit
 def _activation(x, KIND: tl.constexpr, EXACT: tl.constexpr):
     """(act(x), act'(x)); KIND: "erf" and "tanh" of GELU, "silu"."""
     if KIND == "erf":
-        phi = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+        if EXACT:
+            phi = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+        else:
+            phi = _normal_cdf(x)
         density = 0.3989422804014327 * exponential(-0.5 * x * x, EXACT)
         return x * phi, phi + x * density
     if KIND == "tanh":  # (1 + tanh(z / 2)) / 2 is the sigmoid of z = sqrt(8 / pi) (x + 0.044715 x^3)
@@ -75,7 +95,7 @@ def _activation_bwd_kernel(
     if HAS_BIAS:
         bias = tl.load(Bias + col, mask=col < n_cols, other=0.0).to(tl.float32)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS):
+    for start in tl.range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS, num_stages=3):
         row = start + tl.arange(0, ROWS)[:, None].to(tl.int64)
         inside = (row < n_rows) & (col < n_cols)
         dy = tl.load(DY + row * dy_stride + col, mask=inside, other=0.0).to(tl.float32)

@@ -3,6 +3,7 @@
 `tables` lists those that tests and benchmarks walk; both compare with `llmfast.ops.reference` in float64.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -213,6 +214,12 @@ class CrossEntropyCase(_Defaults):
         return Work(float((1 if direction == "fwd" else 2) * self.rows * self.classes * itemsize), 0.0)
 
 
+@functools.cache  # a model makes its tables once
+def _rope_tables(length: int, half: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    angles = torch.outer(torch.arange(length), 10000.0 ** -torch.linspace(0, 1, half))
+    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+
+
 @dataclass(frozen=True)
 class RopeCase(_Defaults):
     """Rotary embedding of (batch, length, heads, head_dim)."""
@@ -243,9 +250,9 @@ class RopeCase(_Defaults):
 
     def tables(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, float32 as a model keeps them (float64 for the truth, of the same values)."""
-        angles = torch.outer(torch.arange(self.length), 10000.0 ** -torch.linspace(0, 1, self.head_dim // 2))
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        return angles.cos().to(like.device, dtype), angles.sin().to(like.device, dtype)
+        return _rope_tables(
+            self.length, self.head_dim // 2, like.device, torch.promote_types(like.dtype, torch.float32)
+        )
 
     def ours(self, *tensors: Tensor, backend: str) -> Tensor:
         (x,) = tensors
