@@ -13,8 +13,9 @@ from torch import Tensor
 from ._common import as_rows, exponential, multiprocessors
 
 MAX_BLOCK = 1024  # columns of a tile
-TILE = 4096  # elements of it
-WARPS = 8  # 16 elements a thread: two 16-byte vectors of 16-bit values
+# Elements of it, for 4 warps: 16 a thread are two 16-byte vectors of 16-bit values. Where a program walks tiles to sum
+# the bias's gradient, smaller ones leave registers to more programs.
+TILE, SUMMED_TILE = 2048, 1024
 
 
 @triton.jit
@@ -115,9 +116,9 @@ def _activation_bwd_kernel(
         tl.store(partial, tl.sum(total, 0), mask=column < n_cols)
 
 
-def _tile(n_cols: int) -> dict[str, int]:
+def _tile(n_cols: int, elements: int = TILE) -> dict[str, int]:
     block = min(MAX_BLOCK, max(16, triton.next_power_of_2(n_cols)))
-    return {"ROWS": max(1, TILE // block), "BLOCK": block, "num_warps": WARPS}
+    return {"ROWS": max(1, elements // block), "BLOCK": block, "num_warps": 4}
 
 
 def _forward(x: Tensor, bias: Tensor | None, up: Tensor | None, kind: str) -> Tensor:
@@ -148,10 +149,10 @@ def _backward(
     dy_rows, rows = _rows(dy), _rows(x)
     up_rows = rows if up is None else _rows(up)
     n_rows, n_cols = rows.shape
-    tile = _tile(n_cols)
+    tile = _tile(n_cols, TILE if bias is None else SUMMED_TILE)
     columns, programs = triton.cdiv(n_cols, tile["BLOCK"]), triton.cdiv(n_rows, tile["ROWS"])
     if bias is not None:  # each program leaves a partial: as many as keep the device busy
-        programs = min(programs, max(1, 8 * multiprocessors(x.device) // columns))
+        programs = min(programs, max(1, 12 * multiprocessors(x.device) // columns))
     partial = None if bias is None else torch.empty((programs, n_cols), dtype=torch.float32, device=x.device)
     _activation_bwd_kernel[(programs, columns)](
         dy_rows, rows, rows if bias is None else bias.contiguous(), up_rows, dx, dx if dup is None else dup,

@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 2048  # pairs of a program
-WARPS = 8
+TILE = 1024  # pairs of a program of 4 warps
 
 
 @triton.jit
@@ -58,7 +57,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool) 
     n_rows, rows = batch * length * heads, max(1, TILE // block)
     _rope_kernel[(triton.cdiv(n_rows, rows),)](
         x, cos.contiguous(), sin.contiguous(), y, *x.stride()[:3], n_rows, length, heads, head_dim // 2,
-        BACK=back, INTERLEAVED=interleaved, ROWS=rows, HALF=block, num_warps=WARPS,
+        BACK=back, INTERLEAVED=interleaved, ROWS=rows, HALF=block, num_warps=4,
     )  # fmt: skip
     return y
 
