@@ -222,10 +222,11 @@ def attention_limits(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
 
 
 def adamw_fwd(
-    parameter: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    parameters: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    copies: None,
     step: int,
     learning_rate: float,
     beta1: float,
@@ -234,16 +235,26 @@ def adamw_fwd(
     weight_decay: float,
     grad_scale: float,
 ) -> None:
-    """All contiguous, float32: updates parameter, exp_avg and exp_avg_sq."""
+    """All contiguous, float32: updates parameters and moments."""
     corrections = (1.0 - beta1**step, 1.0 - beta2**step)
     settings = (learning_rate, beta1, beta2, eps, weight_decay, *corrections, grad_scale)
-    _adamw(parameter, grad.contiguous(), exp_avg, exp_avg_sq, *settings)
+    for p, grad, m, v in zip(parameters, grads, exp_avgs, exp_avg_sqs, strict=True):
+        _adamw(p, grad.contiguous(), m, v, *settings)
 
 
-def adamw_limits(parameter: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *settings: Any) -> str | None:
+def adamw_limits(
+    parameters: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    copies: list[Tensor] | None,
+    *settings: Any,
+) -> str | None:
     """Why the tensors cannot be updated where they are."""
-    whole = all(t.is_contiguous() for t in (parameter, exp_avg, exp_avg_sq))
-    return None if whole else "needs a contiguous parameter and moments"
+    if copies is not None or isinstance(settings[-1], Tensor) or grads[0].dtype != parameters[0].dtype:
+        return "has no copies, no scale in a tensor and no gradients of another dtype"
+    whole = all(t.is_contiguous() for t in (*parameters, *exp_avgs, *exp_avg_sqs))
+    return None if whole else "needs contiguous parameters and moments"
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ A wrong one raises InputError with the op's name, the argument's, its value and 
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..errors import InputError
 
+Tensors = Tensor | Sequence[Tensor]
 FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 
@@ -202,28 +204,44 @@ def cross_entropy(
 
 
 def adamw(
-    parameter: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    parameters: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    copies: Tensors | None = None,
     *,
     step: int,
     learning_rate: float,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.01,
-    grad_scale: float = 1.0,
+    grad_scale: float | Tensor = 1.0,
 ) -> tuple[Any, ...]:
-    tensors = {"parameter": parameter, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    _check_float("adamw", parameter=parameter, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
-    for name, t in tensors.items():
-        if t.shape != parameter.shape or t.dtype != parameter.dtype:
+    given = {"parameters": parameters, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    given |= {} if copies is None else {"copies": copies}
+    lists = {name: [t] if isinstance(t, Tensor) else list(t) for name, t in given.items()}
+    first = lists["parameters"]
+    for name, tensors in lists.items():
+        if not tensors or len(tensors) != len(first):
             raise InputError(
-                f"adamw: {name} is {tuple(t.shape)} {t.dtype} but parameter {tuple(parameter.shape)} {parameter.dtype}"
+                f"adamw: {name} holds {len(tensors)} tensors; as many as parameters' {len(first)}, at least 1"
             )
+        for p, t in zip(first, tensors, strict=True):
+            _check_float("adamw", **{"parameters": p, name: t})
+            if t.shape != p.shape or (t.dtype != p.dtype and name not in ("grads", "copies")):
+                raise InputError(
+                    f"adamw: {name} has one of {tuple(t.shape)} {t.dtype}; its parameter is {tuple(p.shape)} {p.dtype}"
+                )
+            if t.dtype != tensors[0].dtype or t.device != first[0].device:
+                raise InputError(f"adamw: {name} has {t.dtype} on {t.device} beside {tensors[0].dtype}; give one kind")
     if step < 1:
         raise InputError(f"adamw: step is {step}; the first update is number 1")
-    return *tensors.values(), step, learning_rate, *betas, eps, weight_decay, grad_scale
+    if isinstance(grad_scale, Tensor) and (grad_scale.numel() != 1 or grad_scale.device != first[0].device):
+        raise InputError(
+            f"adamw: grad_scale is {tuple(grad_scale.shape)} on {grad_scale.device}; give one number there"
+        )
+    tensors = (*(lists[name] for name in ("parameters", "grads", "exp_avgs", "exp_avg_sqs")), lists.get("copies"))
+    return *tensors, step, learning_rate, *betas, eps, weight_decay, grad_scale
 
 
 ARGUMENTS = {

@@ -151,25 +151,29 @@ def cross_entropy(
 
 
 def adamw_(
-    parameter: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    parameters: arguments.Tensors,
+    grads: arguments.Tensors,
+    exp_avgs: arguments.Tensors,
+    exp_avg_sqs: arguments.Tensors,
+    copies: arguments.Tensors | None = None,
     *,
     step: int,
     learning_rate: float,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.01,
-    grad_scale: float = 1.0,
+    grad_scale: float | Tensor = 1.0,
     backend: str | None = None,
 ) -> None:
-    """AdamW's update of `parameter` and both moments, in place and in one pass, for the gradient grad * grad_scale.
+    """AdamW's update of parameters and both moments, in place, for the gradients grad * grad_scale.
 
-    All four of one shape, dtype and device; `step` counts from 1. Nothing is differentiated through it.
+    One tensor or equally many of each, on one device. Moments have the parameters' dtype; gradients, and `copies`,
+    which get the new parameters, may have another. `step` counts from 1. A grad_scale on the device is not waited for:
+    where it is not finite, nothing changes. Nothing is differentiated through it.
     """
     settings = {"learning_rate": learning_rate, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-    args = arguments.adamw(parameter, grad, exp_avg, exp_avg_sq, step=step, grad_scale=grad_scale, **settings)
+    tensors = parameters, grads, exp_avgs, exp_avg_sqs, copies
+    args = arguments.adamw(*tensors, step=step, grad_scale=grad_scale, **settings)
     kernels = registry.choose("adamw", backend, args)
     with torch.no_grad():
         (reference.adamw if kernels is None else kernels.adamw_fwd)(*args)

@@ -147,22 +147,30 @@ def cross_entropy(
 
 
 def adamw(
-    parameter: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    parameters: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    copies: list[Tensor] | None,
     step: int,
     learning_rate: float,
     beta1: float,
     beta2: float,
     eps: float,
     weight_decay: float,
-    grad_scale: float,
+    grad_scale: float | Tensor,
 ) -> None:
     """Update number `step`, counted from 1, in place (https://arxiv.org/abs/1711.05101, algorithm 2)."""
-    grad = grad * grad_scale
-    exp_avg.lerp_(grad, 1.0 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
-    root = (exp_avg_sq / (1.0 - beta2**step)).sqrt_().add_(eps)
-    parameter.mul_(1.0 - learning_rate * weight_decay)
-    parameter.addcdiv_(exp_avg, root, value=-learning_rate / (1.0 - beta1**step))
+    finite = torch.isfinite(grad_scale) if isinstance(grad_scale, Tensor) else True
+    for i, (p, m, v) in enumerate(zip(parameters, exp_avgs, exp_avg_sqs, strict=True)):
+        grad = grads[i].to(p.dtype) * grad_scale
+        average = m.lerp(grad, 1.0 - beta1)
+        square = (v * beta2).addcmul_(grad, grad, value=1.0 - beta2)
+        root = (square / (1.0 - beta2**step)).sqrt_().add_(eps)
+        updated = (p * (1.0 - learning_rate * weight_decay)).addcdiv_(
+            average, root, value=-learning_rate / (1.0 - beta1**step)
+        )
+        for old, new in ((p, updated), (m, average), (v, square)):
+            old.copy_(new if finite is True else torch.where(finite, new, old))
+        if copies is not None:
+            copies[i].copy_(p)

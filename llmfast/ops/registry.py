@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import environment
 from ..errors import BackendError, InputError
@@ -62,7 +63,10 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "geglu": (_triton("activation"),),
     "rope": (_triton("rope"), _CPP),
     "cross_entropy": (_CUDA, _CPP),
-    "adamw": (Backend("cpp", "llmfast.native.cpp", frozenset({"cpu"}), frozenset({torch.float32})),),
+    "adamw": (
+        Backend("triton", "llmfast.kernels.adamw", frozenset({"cuda"}), frozenset({torch.float32})),
+        Backend("cpp", "llmfast.native.cpp", frozenset({"cpu"}), frozenset({torch.float32})),
+    ),
 }
 NAMES = (AUTO, REFERENCE, *dict.fromkeys(row.name for rows in BACKENDS.values() for row in rows))
 
@@ -129,10 +133,16 @@ def _limits(op: str, module: str) -> Callable[..., str | None] | None:
     return getattr(_load(module), f"{op}_limits", None)
 
 
+def _first(args: tuple[Any, ...]) -> Tensor:
+    """The tensor that stands for all: the first, or the first of the first list."""
+    return args[0] if isinstance(args[0], Tensor) else args[0][0]
+
+
 def _why_not(op: str, row: Backend, args: tuple[Any, ...]) -> str | None:
-    device = args[0].device.type
+    x = _first(args)
+    device = x.device.type
     interpreted = row.name == "triton" and device == "cpu" and environment.triton_interpreted()
-    reason = _unfit(row, device, args[0].dtype, interpreted)
+    reason = _unfit(row, device, x.dtype, interpreted)
     if reason is None and (limits := _limits(op, row.module)):
         return limits(*args)
     return reason
@@ -155,7 +165,7 @@ def _in_order(op: str, rows: tuple[Backend, ...], device: str, length: int) -> l
 
 
 def _tried(op: str, args: tuple[Any, ...]) -> list[Backend]:
-    x = args[0]
+    x = _first(args)
     return _in_order(op, BACKENDS[op], x.device.type, x.shape[-1] if x.dim() else 1)
 
 

@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -21,6 +21,7 @@ from unittest import mock
 
 import torch
 
+from .. import ops
 from ..ops import registry
 from ..ops.registry import BACKENDS
 from .accuracy import outputs, upstream
@@ -97,17 +98,32 @@ def _triton_module(op: str, *_: Any, **__: Any) -> ModuleType:
     return importlib.import_module(next(row.module for row in BACKENDS[op] if row.name == "triton"))
 
 
-def compile_case(case: Case, dtype: torch.dtype, arch: int) -> list[Compiled]:
-    """Every kernel that the case's forward and backward would launch on sm_<arch>."""
-    inputs = make_inputs(case, "cpu", dtype)
+def _compiled(arch: int, label: str, run: Callable[[], object]) -> list[Compiled]:
     with _compiling_for(arch) as compiled, mock.patch.object(registry, "choose", _triton_module):
-        outs = outputs(case.ours(*inputs, backend="triton"))
-        torch.autograd.grad(outs, inputs, upstream(outs, torch.ones(case.output)))
-    label = f"{case.label} {str(dtype).removeprefix('torch.')}"
+        run()
     return [
         Compiled(name, label, k.metadata.num_warps, *_resources(k.asm["cubin"], arch), k.metadata.shared)
         for name, k in compiled
     ]
+
+
+def compile_case(case: Case, dtype: torch.dtype, arch: int) -> list[Compiled]:
+    """Every kernel that the case's forward and backward would launch on sm_<arch>."""
+    inputs = make_inputs(case, "cpu", dtype)
+
+    def run() -> None:
+        outs = outputs(case.ours(*inputs, backend="triton"))
+        torch.autograd.grad(outs, inputs, upstream(outs, torch.ones(case.output)))
+
+    return _compiled(arch, f"{case.label} {str(dtype).removeprefix('torch.')}", run)
+
+
+def compile_adamw(dtype: torch.dtype, arch: int) -> list[Compiled]:
+    """The update of float32 parameters from gradients of `dtype`, with copies of it, which is no op of a case."""
+    parameters, (grads, copies) = [[torch.ones(4)] for _ in range(3)], ([torch.ones(4, dtype=dtype)] for _ in range(2))
+    tensors = parameters[0], grads, *parameters[1:], copies
+    scale = torch.ones(())
+    return _compiled(arch, "adamw", lambda: ops.adamw_(*tensors, step=1, learning_rate=0.1, grad_scale=scale))
 
 
 def main() -> int:
@@ -115,7 +131,7 @@ def main() -> int:
     parser.add_argument("--arch", type=int, default=90, help="compute capability, as 80, 86, 89, 90, 100")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--max-spill", type=int, default=256, help="bytes of stack a thread that a kernel may use")
-    parser.add_argument("--op", choices=list(BENCHMARK_CASES), help="only this op")
+    parser.add_argument("--op", choices=[*BENCHMARK_CASES, "adamw"], help="only this op")
     options = parser.parse_args()
     rows = [
         row
@@ -123,6 +139,8 @@ def main() -> int:
         if options.op in (None, case.op)
         for row in compile_case(case, getattr(torch, options.dtype), options.arch)
     ]
+    if options.op in (None, "adamw"):
+        rows += compile_adamw(getattr(torch, options.dtype), options.arch)
     for row in rows:
         print(
             f"{row.kernel:32} {row.case:34} warps {row.warps:2} registers {row.registers:3} spill {row.spill:4}"

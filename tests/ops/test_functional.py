@@ -91,7 +91,15 @@ WRONG: list[tuple[Callable[[], object], str, str]] = [
     (lambda: ops.cross_entropy(t(2, 4), IDS, z_loss=float("inf")), "cross_entropy: z_loss ", "inf"),
     (lambda: ops.cross_entropy(t(2, 4), IDS, n_classes=5), "cross_entropy: n_classes ", "1 to 4"),
     (lambda: ops.cross_entropy(t(2, 4), IDS, n_classes=0), "cross_entropy: n_classes ", "1 to 4"),
-    (lambda: ops.adamw_(*[t(2)] * 3, t(3), step=1, learning_rate=0.1), "adamw: exp_avg_sq ", "(3,)"),
+    (lambda: ops.adamw_(*[t(2)] * 3, t(3), step=1, learning_rate=0.1), "adamw: exp_avg_sqs ", "(3,)"),
+    (lambda: ops.adamw_(*[[t(2), t(3)]] * 3, [t(2)], step=1, learning_rate=0.1), "adamw: exp_avg_sqs ", "1 tensors"),
+    (lambda: ops.adamw_([], [], [], [], step=1, learning_rate=0.1), "adamw: parameters ", "0 tensors"),
+    (
+        lambda: ops.adamw_(*[[t(2), t(3)]] * 4, [t(2), t(3, dtype=HALF)], step=1, learning_rate=0.1),
+        "adamw: copies ",
+        "torch.float16",
+    ),
+    (lambda: ops.adamw_(*[t(2)] * 4, step=1, learning_rate=0.1, grad_scale=t(2)), "adamw: grad_scale ", "(2,)"),
     (lambda: ops.adamw_(*[t(2)] * 4, step=0, learning_rate=0.1), "adamw: step is 0", "number 1"),
     (lambda: ops.explain("nothing"), "unknown op 'nothing'", "cross_entropy"),
 ]
