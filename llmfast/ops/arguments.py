@@ -203,6 +203,19 @@ def cross_entropy(
     return logits, targets, *options, bool(in_place)
 
 
+def embedding(weight: Tensor, tokens: Tensor, *, padding_idx: int | None = None) -> tuple[Any, ...]:
+    _check_float("embedding", weight=weight)
+    if not isinstance(tokens, Tensor) or tokens.dtype is not torch.int64 or tokens.device != weight.device:
+        got = f"{tokens.dtype} on {tokens.device}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise InputError(f"embedding: tokens is {got}; it must be an int64 tensor on {weight.device}")
+    if weight.dim() != 2:
+        raise InputError(f"embedding: weight has shape {tuple(weight.shape)}; it must be (V, D)")
+    rows = weight.shape[0]
+    if padding_idx is not None and not -rows <= padding_idx < rows:
+        raise InputError(f"embedding: padding_idx is {padding_idx}; of {rows} rows it can be {-rows} to {rows - 1}")
+    return weight, tokens, None if padding_idx is None else padding_idx % rows
+
+
 def adamw(
     parameters: Tensors,
     grads: Tensors,
@@ -257,5 +270,6 @@ ARGUMENTS = {
     "geglu": geglu,
     "rope": rope,
     "cross_entropy": cross_entropy,
+    "embedding": embedding,
     "adamw": adamw,
 }

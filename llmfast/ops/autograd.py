@@ -193,6 +193,19 @@ class CrossEntropy(torch.autograd.Function):
         return None, dlogits, *[None] * (1 + len(ctx.options))
 
 
+class Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kernels: ModuleType, weight: Tensor, tokens: Tensor, padding_idx: int | None) -> Tensor:
+        ctx.kernels, ctx.padding_idx = kernels, padding_idx
+        ctx.save_for_backward(weight, tokens)
+        return kernels.embedding_fwd(weight, tokens, padding_idx)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, ctx.kernels.embedding_bwd(grad_outputs[0], *ctx.saved_tensors, ctx.padding_idx), None, None
+
+
 class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernels: ModuleType, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
@@ -221,6 +234,7 @@ FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
     "geglu": GEGLU,
     "rope": RoPE,
     "cross_entropy": CrossEntropy,
+    "embedding": Embedding,
 }
 
 

@@ -150,6 +150,14 @@ def cross_entropy(
     return _run("cross_entropy", backend, arguments.cross_entropy(logits, targets, **options))
 
 
+def embedding(weight: Tensor, tokens: Tensor, *, padding_idx: int | None = None, backend: str | None = None) -> Tensor:
+    """Row tokens[...] of weight for each token; row `padding_idx` gets no gradient.
+
+    weight: (V, D); tokens: int64 of any shape, in [0, V) -> (*tokens.shape, D).
+    """
+    return _run("embedding", backend, arguments.embedding(weight, tokens, padding_idx=padding_idx))
+
+
 def adamw_(
     parameters: arguments.Tensors,
     grads: arguments.Tensors,

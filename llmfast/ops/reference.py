@@ -146,6 +146,11 @@ def cross_entropy(
     return losses.sum() if reduction == "sum" else losses.sum() / counted.sum().clamp(min=1)
 
 
+def embedding(weight: Tensor, tokens: Tensor, padding_idx: int | None = None) -> Tensor:
+    """Row tokens[...] of weight for each token; row `padding_idx` gets no gradient. weight: (V, D); tokens: int64."""
+    return F.embedding(tokens, weight, padding_idx)
+
+
 def adamw(
     parameters: list[Tensor],
     grads: list[Tensor],

@@ -267,6 +267,50 @@ class RopeCase(_Defaults):
 
 
 @dataclass(frozen=True)
+class EmbeddingCase(_Defaults):
+    """(tokens,) of a table (rows, cols), some far more frequent than others."""
+
+    tokens: int
+    rows: int
+    cols: int
+    op: str = "embedding"
+
+    @property
+    def label(self) -> str:
+        return f"{self.tokens} of {self.rows}x{self.cols}"
+
+    @property
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        return {"weight": (self.rows, self.cols)}
+
+    @property
+    def output(self) -> tuple[int, ...]:
+        return self.tokens, self.cols
+
+    def ids(self, device: torch.device) -> Tensor:
+        return _token_ids(self.tokens, self.rows, device)
+
+    def ours(self, *tensors: Tensor, backend: str) -> Tensor:
+        return ops.embedding(tensors[0], self.ids(tensors[0].device), backend=backend)
+
+    def torch(self, *tensors: Tensor) -> Tensor:
+        return F.embedding(self.ids(tensors[0].device), tensors[0])
+
+    def work(self, direction: str, itemsize: int) -> Work:
+        """Forward a row is read and written for each token; backward one is read, and the table's gradient written."""
+        passes = 2 * self.tokens if direction == "fwd" else self.tokens + self.rows
+        return Work(float(passes * self.cols * itemsize), 0.0)
+
+
+@functools.cache
+def _token_ids(tokens: int, rows: int, device: torch.device) -> Tensor:
+    """By Zipf's law, as words are: token k about 1 / k as often as the most frequent."""
+    shares = 1.0 / torch.arange(1, rows + 1, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    return torch.multinomial(shares, max(tokens, 1), replacement=True, generator=generator)[:tokens].to(device)
+
+
+@dataclass(frozen=True)
 class AttentionCase(_Defaults):
     """Attention of (batch, n_queries, heads, head_dim) over (batch, n_keys, kv_heads, head_dim)."""
 
@@ -337,7 +381,7 @@ class AttentionCase(_Defaults):
         return Work(float(elements * itemsize * (1 if direction == "fwd" else 2)), flops)
 
 
-Case = RowCase | CrossEntropyCase | RopeCase | AttentionCase
+Case = RowCase | CrossEntropyCase | RopeCase | EmbeddingCase | AttentionCase
 
 
 def make_inputs(

@@ -25,7 +25,7 @@ from .. import ops
 from ..ops import registry
 from ..ops.registry import BACKENDS
 from .accuracy import outputs, upstream
-from .cases import AttentionCase, Case, RopeCase, RowCase, make_inputs
+from .cases import AttentionCase, Case, EmbeddingCase, RopeCase, RowCase, make_inputs
 from .tables import BENCHMARK_CASES
 
 
@@ -48,6 +48,7 @@ CASES: list[Case] = [
         for cols in (64, 768, 4096, *((16384, 32768, 65536) if op in ("softmax", "layer_norm") else ()))
     ),
     *(RopeCase(1, 2, 2, d, interleaved) for d in (64, 128) for interleaved in (False, True)),
+    EmbeddingCase(64, 32, 768),
     *(AttentionCase(1, 256, 256, 2, 1, d, causal) for d in (64, 128, 256) for causal in (False, True)),
 ]
 
@@ -120,10 +121,11 @@ def compile_case(case: Case, dtype: torch.dtype, arch: int) -> list[Compiled]:
 
 def compile_adamw(dtype: torch.dtype, arch: int) -> list[Compiled]:
     """The update of float32 parameters from gradients of `dtype`, with copies of it, which is no op of a case."""
-    parameters, (grads, copies) = [[torch.ones(4)] for _ in range(3)], ([torch.ones(4, dtype=dtype)] for _ in range(2))
-    tensors = parameters[0], grads, *parameters[1:], copies
+    p, m, v, grad, copy = (torch.ones(4, dtype=t) for t in (*[torch.float32] * 3, dtype, dtype))
     scale = torch.ones(())
-    return _compiled(arch, "adamw", lambda: ops.adamw_(*tensors, step=1, learning_rate=0.1, grad_scale=scale))
+    return _compiled(
+        arch, "adamw", lambda: ops.adamw_(p, grad, m, v, copy, step=1, learning_rate=0.1, grad_scale=scale)
+    )
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
 """The tables of cases: `TEST_CASES` for tests, `BENCHMARK_CASES` and `CPU_BENCHMARK_CASES` for benchmarks."""
 
-from .cases import ROW_INPUTS, AttentionCase, Case, CrossEntropyCase, RopeCase, RowCase
+from .cases import ROW_INPUTS, AttentionCase, Case, CrossEntropyCase, EmbeddingCase, RopeCase, RowCase
 
 
 def _rows(op: str, *shapes: tuple[int, int]) -> list[Case]:
@@ -61,6 +61,7 @@ TEST_CASES: dict[str, list[Case]] = {
     **{op: _rows(op, *(s for s in _ROW_SHAPES if s[1] > 1 or not op.startswith("add_"))) for op in ROW_INPUTS},
     "cross_entropy": [*(CrossEntropyCase(*shape) for shape in _ROW_SHAPES), *_CROSS_ENTROPY_OPTIONS],
     "rope": [RopeCase(*shape, interleaved) for shape in _ROPE_SHAPES for interleaved in (False, True)],
+    "embedding": [EmbeddingCase(*s) for s in ((1, 1, 1), (7, 3, 5), (300, 40, 300), (0, 5, 8), (100, 1000, 64))],
     "attention": [AttentionCase(*shape, causal) for shape in _ATTENTION_SHAPES for causal in (False, True)],
 }
 
@@ -93,6 +94,7 @@ BENCHMARK_CASES: dict[str, list[Case]] = {
     "geglu": _rows("geglu", (32768, 3072), (16384, 8192)),
     "cross_entropy": [CrossEntropyCase(32768, 4096), CrossEntropyCase(16384, 50304), CrossEntropyCase(4096, 131072)],
     "rope": [RopeCase(16, 1024, 12, 64), RopeCase(4, 4096, 16, 128)],
+    "embedding": [EmbeddingCase(65536, 50304, 768), EmbeddingCase(16384, 128256, 4096), EmbeddingCase(65536, 256, 768)],
     "attention": _attention_benchmark(),
 }
 
@@ -103,6 +105,7 @@ CPU_BENCHMARK_CASES: dict[str, list[Case]] = {
     **{op: _rows(op, *_CPU_SHAPES) for op in ROW_INPUTS if op != "softmax"},
     "cross_entropy": [CrossEntropyCase(4096, 768), CrossEntropyCase(1024, 4096), CrossEntropyCase(256, 50304)],
     "rope": [RopeCase(4, 512, 12, 64)],
+    "embedding": [EmbeddingCase(4096, 8192, 768)],
     "attention": [
         *(AttentionCase(1, 1024, 1024, 12, 12, 64, c) for c in (False, True)),
         AttentionCase(8, 128, 128, 3, 3, 64, True),

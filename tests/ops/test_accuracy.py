@@ -9,7 +9,7 @@ from torch import Tensor
 from llmfast import ops
 from llmfast.ops.registry import BACKENDS, REFERENCE
 from llmfast.testing.accuracy import compare, outputs, upstream
-from llmfast.testing.cases import AttentionCase, Case, CrossEntropyCase, RopeCase, RowCase, make_inputs
+from llmfast.testing.cases import AttentionCase, Case, CrossEntropyCase, EmbeddingCase, RopeCase, RowCase, make_inputs
 from llmfast.testing.tables import TEST_CASES
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -71,6 +71,7 @@ ORDINARY: list[Case] = [
     CrossEntropyCase(37, 300, 0.1, 0.01, "none", 30),
     RopeCase(2, 9, 3, 64),
     RopeCase(2, 9, 3, 64, interleaved=True),
+    EmbeddingCase(90, 37, 300),
     AttentionCase(2, 70, 90, 4, 2, 64, causal=True),
 ]
 EACH = pytest.mark.parametrize(
@@ -267,6 +268,17 @@ def test_masked_softmax_keeps_nan(backend: str, device: str) -> None:
     x[0, 1], x[1, 4], x[2, :4] = float("nan"), float("nan"), float("-inf")
     y = ops.softmax(x, mask=torch.arange(6, device=device) < 4, backend=backend)
     assert y.isnan().tolist() == [[True] * 4 + [False] * 2, [False] * 6, [True] * 4 + [False] * 2, [False] * 6]
+
+
+@pytest.mark.parametrize("backend", ["triton", REFERENCE])
+def test_embedding_of_padding_gets_no_gradient(backend: str, device: str) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+    weight, tokens = torch.randn(5, 8, device=device, requires_grad=True), torch.tensor([[1, 4], [4, 0]], device=device)
+    out = ops.embedding(weight, tokens, padding_idx=-1, backend=backend)
+    assert torch.equal(out, weight[tokens])
+    (grad,) = torch.autograd.grad(out.sum(), weight)
+    assert grad[:, 0].tolist() == [1, 1, 0, 0, 0]
 
 
 @EACH
