@@ -48,7 +48,7 @@ CASES: list[Case] = [
         for cols in (64, 768, 4096, *((16384, 32768, 65536) if op in ("softmax", "layer_norm") else ()))
     ),
     *(RopeCase(1, 2, 2, d, interleaved) for d in (64, 128) for interleaved in (False, True)),
-    EmbeddingCase(64, 32, 768),
+    EmbeddingCase(128, 32, 768),
     *(AttentionCase(1, 256, 256, 2, 1, d, causal) for d in (64, 128, 256) for causal in (False, True)),
 ]
 

@@ -61,7 +61,9 @@ TEST_CASES: dict[str, list[Case]] = {
     **{op: _rows(op, *(s for s in _ROW_SHAPES if s[1] > 1 or not op.startswith("add_"))) for op in ROW_INPUTS},
     "cross_entropy": [*(CrossEntropyCase(*shape) for shape in _ROW_SHAPES), *_CROSS_ENTROPY_OPTIONS],
     "rope": [RopeCase(*shape, interleaved) for shape in _ROPE_SHAPES for interleaved in (False, True)],
-    "embedding": [EmbeddingCase(*s) for s in ((1, 1, 1), (7, 3, 5), (300, 40, 300), (0, 5, 8), (100, 1000, 64))],
+    "embedding": [
+        EmbeddingCase(*s) for s in ((1, 1, 1), (7, 3, 5), (300, 40, 300), (0, 5, 8), (100, 1000, 64), (700, 3, 40))
+    ],
     "attention": [AttentionCase(*shape, causal) for shape in _ATTENTION_SHAPES for causal in (False, True)],
 }
 
