@@ -67,9 +67,11 @@ def _activation_fwd_kernel(
     X, Bias, Up, Y, x_stride, up_stride, n_rows, n_cols,
     KIND: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """X, Up: (n_rows, n_cols) with row strides; Bias: (n_cols,); Y: as X, contiguous. A tile per program."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    """X, Up: (n_rows, n_cols) with row strides; Bias: (n_cols,); Y: as X, contiguous. A tile per program, those of a
+    row one after another: neighbours in time are neighbours in memory."""
+    columns = tl.cdiv(n_cols, BLOCK)
+    row = (tl.program_id(0) // columns).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = tl.program_id(0) % columns * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = (row < n_rows) & (col < n_cols)
     EXACT: tl.constexpr = Y.dtype.element_ty == tl.float32
     x = tl.load(X + row * x_stride + col, mask=inside, other=0.0).to(tl.float32)
@@ -88,15 +90,18 @@ def _activation_bwd_kernel(
 ):  # fmt: skip
     """dx = dy * up * act'(x + bias), dup = dy * act(x + bias), and sums of dx over the tiles that a program walks.
 
-    DY, X, Up: (n_rows, n_cols) with row strides; DX, DUp: contiguous; Partial: (programs of dimension 0, n_cols) fp32.
+    DY, X, Up: (n_rows, n_cols) with row strides; DX, DUp: contiguous; Partial: (walkers, n_cols) fp32.
     """
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    columns = tl.cdiv(n_cols, BLOCK)
+    walker, walkers = tl.program_id(0) // columns, tl.num_programs(0) // columns
+    column = tl.program_id(0) % columns * BLOCK + tl.arange(0, BLOCK)
+    col = column[None, :]
     EXACT: tl.constexpr = DX.dtype.element_ty == tl.float32
     bias = tl.zeros([1, BLOCK], tl.float32)
     if HAS_BIAS:
         bias = tl.load(Bias + col, mask=col < n_cols, other=0.0).to(tl.float32)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in tl.range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS, num_stages=3):
+    for start in tl.range(walker * ROWS, n_rows, walkers * ROWS, num_stages=3):
         row = start + tl.arange(0, ROWS)[:, None].to(tl.int64)
         inside = (row < n_rows) & (col < n_cols)
         dy = tl.load(DY + row * dy_stride + col, mask=inside, other=0.0).to(tl.float32)
@@ -111,9 +116,7 @@ def _activation_bwd_kernel(
         if HAS_BIAS:
             total += tl.where(inside, dx, 0.0)
     if HAS_BIAS:
-        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        partial = Partial + tl.program_id(0).to(tl.int64) * n_cols + column
-        tl.store(partial, tl.sum(total, 0), mask=column < n_cols)
+        tl.store(Partial + walker.to(tl.int64) * n_cols + column, tl.sum(total, 0), mask=column < n_cols)
 
 
 def _tile(n_cols: int, elements: int = TILE) -> dict[str, int]:
@@ -129,7 +132,7 @@ def _forward(x: Tensor, bias: Tensor | None, up: Tensor | None, kind: str) -> Te
     up_rows = rows if up is None else _rows(up)
     n_rows, n_cols = rows.shape
     tile = _tile(n_cols)
-    grid = (triton.cdiv(n_rows, tile["ROWS"]), triton.cdiv(n_cols, tile["BLOCK"]))
+    grid = (triton.cdiv(n_rows, tile["ROWS"]) * triton.cdiv(n_cols, tile["BLOCK"]),)
     _activation_fwd_kernel[grid](
         rows, rows if bias is None else bias.contiguous(), up_rows, y, rows.stride(0), up_rows.stride(0),
         n_rows, n_cols,
@@ -150,11 +153,11 @@ def _backward(
     up_rows = rows if up is None else _rows(up)
     n_rows, n_cols = rows.shape
     tile = _tile(n_cols, TILE if bias is None else SUMMED_TILE)
-    columns, programs = triton.cdiv(n_cols, tile["BLOCK"]), triton.cdiv(n_rows, tile["ROWS"])
-    if bias is not None:  # each program leaves a partial: as many as keep the device busy
-        programs = min(programs, max(1, 12 * multiprocessors(x.device) // columns))
-    partial = None if bias is None else torch.empty((programs, n_cols), dtype=torch.float32, device=x.device)
-    _activation_bwd_kernel[(programs, columns)](
+    columns, walkers = triton.cdiv(n_cols, tile["BLOCK"]), triton.cdiv(n_rows, tile["ROWS"])
+    if bias is not None:  # each walker leaves a partial: as many as keep the device busy
+        walkers = min(walkers, max(1, 12 * multiprocessors(x.device) // columns))
+    partial = None if bias is None else torch.empty((walkers, n_cols), dtype=torch.float32, device=x.device)
+    _activation_bwd_kernel[(walkers * columns,)](
         dy_rows, rows, rows if bias is None else bias.contiguous(), up_rows, dx, dx if dup is None else dup,
         dx if partial is None else partial, dy_rows.stride(0), rows.stride(0), up_rows.stride(0), n_rows, n_cols,
         KIND=kind, HAS_BIAS=bias is not None, GATED=up is not None, **tile,
