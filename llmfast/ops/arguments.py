@@ -239,14 +239,16 @@ def adamw(
             raise InputError(
                 f"adamw: {name} holds {len(tensors)} tensors; as many as parameters' {len(first)}, at least 1"
             )
+        _check_float("adamw", **{"parameters": first[0], name: tensors[0]})
+        dtype, device = tensors[0].dtype, first[0].device
+        if dtype != first[0].dtype and name not in ("grads", "copies"):
+            raise InputError(f"adamw: {name} has dtype {dtype}; it must be the parameters', {first[0].dtype}")
         for p, t in zip(first, tensors, strict=True):
-            _check_float("adamw", **{"parameters": p, name: t})
-            if t.shape != p.shape or (t.dtype != p.dtype and name not in ("grads", "copies")):
+            if not isinstance(t, Tensor) or t.dtype is not dtype or t.device != device or t.shape != p.shape:
+                got = f"{tuple(t.shape)} {t.dtype} on {t.device}" if isinstance(t, Tensor) else type(t).__name__
                 raise InputError(
-                    f"adamw: {name} has one of {tuple(t.shape)} {t.dtype}; its parameter is {tuple(p.shape)} {p.dtype}"
+                    f"adamw: {name} has one of {got}; it must be its parameter's shape, {dtype} on {device}"
                 )
-            if t.dtype != tensors[0].dtype or t.device != first[0].device:
-                raise InputError(f"adamw: {name} has {t.dtype} on {t.device} beside {tensors[0].dtype}; give one kind")
     if step < 1:
         raise InputError(f"adamw: step is {step}; the first update is number 1")
     if isinstance(grad_scale, Tensor) and (grad_scale.numel() != 1 or grad_scale.device != first[0].device):

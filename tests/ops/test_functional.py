@@ -104,6 +104,12 @@ WRONG: list[tuple[Callable[[], object], str, str]] = [
         "adamw: copies ",
         "torch.float16",
     ),
+    (
+        lambda: ops.adamw_(*[t(2)] * 3, t(2, dtype=HALF), step=1, learning_rate=0.1),
+        "adamw: exp_avg_sqs ",
+        "torch.float16",
+    ),
+    (lambda: ops.adamw_([t(2), 1.0], *[[t(2)] * 2] * 3, step=1, learning_rate=0.1), "adamw: parameters ", "float"),
     (lambda: ops.adamw_(*[t(2)] * 4, step=1, learning_rate=0.1, grad_scale=t(2)), "adamw: grad_scale ", "(2,)"),
     (lambda: ops.adamw_(*[t(2)] * 4, step=0, learning_rate=0.1), "adamw: step is 0", "number 1"),
     (lambda: ops.explain("nothing"), "unknown op 'nothing'", "cross_entropy"),
