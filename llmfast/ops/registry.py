@@ -62,7 +62,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "swiglu": (_triton("activation"), _CPP),
     "geglu": (_triton("activation"),),
     "rope": (_triton("rope"), _CPP),
-    "cross_entropy": (_CUDA, _CPP),
+    "cross_entropy": (_triton("cross_entropy"), _CUDA, _CPP),
     "embedding": (_triton("embedding"),),
     "adamw": (
         Backend("triton", "llmfast.kernels.adamw", frozenset({"cuda"}), frozenset({torch.float32})),

@@ -25,7 +25,7 @@ from .. import ops
 from ..ops import registry
 from ..ops.registry import BACKENDS
 from .accuracy import outputs, upstream
-from .cases import AttentionCase, Case, EmbeddingCase, RopeCase, RowCase, make_inputs
+from .cases import AttentionCase, Case, CrossEntropyCase, EmbeddingCase, RopeCase, RowCase, make_inputs
 from .tables import BENCHMARK_CASES
 
 
@@ -48,6 +48,7 @@ CASES: list[Case] = [
         for cols in (64, 768, 4096, *((16384, 32768, 65536) if op in ("softmax", "layer_norm") else ()))
     ),
     *(RopeCase(1, 2, 2, d, interleaved) for d in (64, 128) for interleaved in (False, True)),
+    *(CrossEntropyCase(2, classes) for classes in (64, 4096, 50304)),
     EmbeddingCase(128, 32, 768),
     *(AttentionCase(1, 256, 256, 2, 1, d, causal) for d in (64, 128, 256) for causal in (False, True)),
 ]

@@ -1,0 +1,116 @@
+"""Cross-entropy at its edges, on every backend that does what is asked, and in place."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmfast import ops
+from llmfast.ops.registry import BACKENDS, REFERENCE
+
+EACH = pytest.mark.parametrize("backend", [*(row.name for row in BACKENDS["cross_entropy"]), REFERENCE])
+WITH_OPTIONS = pytest.mark.parametrize("backend", ["triton", REFERENCE])
+
+
+@pytest.fixture(autouse=True)
+def importable(request: pytest.FixtureRequest) -> None:
+    if getattr(request.node, "callspec", None) and request.node.callspec.params.get("backend") == "triton":
+        pytest.importorskip("triton")
+
+
+def loss_and_gradient(logits: Tensor, targets: Tensor, backend: str, **options) -> tuple[Tensor, Tensor]:
+    leaf = logits.detach().requires_grad_()
+    loss = ops.cross_entropy(leaf, targets, backend=backend, **options)
+    return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
+
+
+@EACH
+@pytest.mark.parametrize("classes", [5, 3000])
+def test_no_target_counts(classes: int, backend: str, device: str) -> None:
+    loss, grad = loss_and_gradient(
+        torch.randn(3, classes, device=device), torch.full((3,), -100, device=device), backend
+    )
+    assert loss == 0 and (grad == 0).all()
+
+
+def test_ignored_rows_may_hold_anything(device: str) -> None:
+    """They are not read."""
+    pytest.importorskip("triton")
+    logits, targets = torch.randn(3, 50, device=device), torch.tensor([4, -1, 0], device=device)
+    logits[1] = float("nan")
+    options = {"ignore_index": -1, "label_smoothing": 0.1, "z_loss": 0.1, "reduction": "none"}
+    loss, grad = loss_and_gradient(logits, targets, "triton", **options)
+    assert loss.isfinite().all() and loss[1] == 0 and grad.isfinite().all() and (grad[1] == 0).all()
+
+
+@EACH
+def test_large_and_infinite_logits(backend: str, device: str) -> None:
+    """-inf is a class that cannot be; +inf, NaN and a row of nothing but -inf make the loss NaN, as in PyTorch."""
+    logits = 1000 * torch.randn(6, 700, device=device)
+    logits[1, 5:] = float("-inf")
+    targets = torch.tensor([3, 2, 0, 1, 2, 3], device=device)
+    loss, grad = loss_and_gradient(logits[:3], targets[:3], backend)
+    expected, expected_grad = loss_and_gradient(logits[:3].double(), targets[:3], REFERENCE)
+    torch.testing.assert_close((loss.double(), grad.double()), (expected, expected_grad), rtol=1e-5, atol=1e-6)
+    for row, value in ((3, float("-inf")), (4, float("inf")), (5, float("nan"))):
+        bad = logits.clone()
+        bad[row, slice(None) if row == 3 else 9] = value
+        assert loss_and_gradient(bad, targets, backend)[0].isnan()
+
+
+@pytest.mark.parametrize("target", [-1, 50, 2**40, -(2**40)])
+@pytest.mark.parametrize("n_classes", [50, 64])
+def test_target_out_of_range(target: int, n_classes: int, device: str) -> None:
+    """NaN of its row alone, and nothing is read outside the row."""
+    pytest.importorskip("triton")
+    logits, targets = torch.randn(3, 64, device=device), torch.tensor([4, target, 0], device=device)
+    with ops.use_backend("triton"):
+        loss, grad = loss_and_gradient(logits, targets, "triton", reduction="none", n_classes=n_classes)
+    outside = not 0 <= target < n_classes
+    assert loss.isnan().tolist() == [False, outside, False]
+    assert grad[:, :n_classes].isnan().all(-1).tolist() == [False, outside, False] and (grad[:, n_classes:] == 0).all()
+
+
+@WITH_OPTIONS
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_any_upstream_gradient(reduction: str, backend: str, device: str) -> None:
+    logits, targets = torch.randn(5, 90, device=device), torch.tensor([4, -100, 0, 89, 7], device=device)
+    truth, ours = (t.detach().requires_grad_() for t in (logits.double(), logits))
+    expected = ops.cross_entropy(truth, targets, reduction=reduction, backend=REFERENCE)
+    got = ops.cross_entropy(ours, targets, reduction=reduction, backend=backend)
+    upstream = torch.randn(9, device=device)[::2] if reduction == "none" else torch.tensor(-0.3, device=device)
+    (a,), (b,) = torch.autograd.grad(got, ours, upstream), torch.autograd.grad(expected, truth, upstream.double())
+    torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-7)
+
+
+def test_in_place_takes_the_logits_memory(device: str) -> None:
+    pytest.importorskip("triton")
+    leaf, targets = (
+        torch.randn(5, 90, device=device, requires_grad=True),
+        torch.tensor([4, -100, 0, 89, 7], device=device),
+    )
+    expected = torch.autograd.grad(ops.cross_entropy(leaf, targets, backend="triton"), leaf)[0]
+    logits = leaf * 1.0
+    loss = ops.cross_entropy(logits, targets, in_place=True, backend="triton")
+    (grad,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    assert grad.data_ptr() == logits.data_ptr() and torch.equal(grad, expected)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, logits)
+
+
+def test_in_place_is_refused_to_whoever_else_needs_the_logits(device: str) -> None:
+    pytest.importorskip("triton")
+    leaf, targets = torch.randn(5, 90, device=device, requires_grad=True), torch.arange(5, device=device)
+    logits = leaf * 1.0
+    other = logits.square().sum()  # its gradient needs the logits
+    ops.cross_entropy(logits, targets, in_place=True, backend="triton").backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()
+
+
+def test_in_place_of_rows_that_are_not_adjacent(device: str) -> None:
+    pytest.importorskip("triton")
+    wide = torch.randn(90, 5, device=device)
+    expected = loss_and_gradient(wide.t().contiguous(), torch.arange(5, device=device), "triton")
+    leaf = wide.clone().t().requires_grad_()
+    loss = ops.cross_entropy(leaf, torch.arange(5, device=device), in_place=True, backend="triton")
+    assert torch.equal(torch.autograd.grad(loss, leaf)[0], expected[1])
