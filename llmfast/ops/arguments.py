@@ -167,6 +167,15 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> t
     return x, cos, sin, bool(interleaved)
 
 
+def _check_loss(op: str, label_smoothing: float, z_loss: float, reduction: str) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise InputError(f"{op}: reduction is {reduction!r}; it must be 'mean', 'sum' or 'none'")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise InputError(f"{op}: label_smoothing is {label_smoothing}; it must be from 0 to 1")
+    if not 0.0 <= z_loss < math.inf:
+        raise InputError(f"{op}: z_loss is {z_loss}; it must be 0 or more")
+
+
 def cross_entropy(
     logits: Tensor,
     targets: Tensor,
@@ -190,17 +199,42 @@ def cross_entropy(
             f"cross_entropy: logits are {tuple(logits.shape)} and targets {tuple(targets.shape)} {targets.dtype};"
             " they must be (N, V) and (N,) torch.int64"
         )
-    if reduction not in ("mean", "sum", "none"):
-        raise InputError(f"cross_entropy: reduction is {reduction!r}; it must be 'mean', 'sum' or 'none'")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise InputError(f"cross_entropy: label_smoothing is {label_smoothing}; it must be from 0 to 1")
-    if not 0.0 <= z_loss < math.inf:
-        raise InputError(f"cross_entropy: z_loss is {z_loss}; it must be 0 or more")
+    _check_loss("cross_entropy", label_smoothing, z_loss, reduction)
     classes = logits.shape[1]
     if n_classes is not None and not 0 < n_classes <= classes:
         raise InputError(f"cross_entropy: n_classes is {n_classes}; of {classes} columns it can be 1 to {classes}")
     options = ignore_index, float(label_smoothing), float(z_loss), reduction, n_classes or classes
     return logits, targets, *options, bool(in_place)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+) -> tuple[Any, ...]:
+    op, biases = "linear_cross_entropy", {} if bias is None else {"bias": bias}
+    _check_float(op, x=x, weight=weight, **biases)
+    if not isinstance(targets, Tensor) or targets.dtype is not torch.int64 or targets.device != x.device:
+        got = f"{targets.dtype} on {targets.device}" if isinstance(targets, Tensor) else type(targets).__name__
+        raise InputError(f"{op}: targets is {got}; it must be an int64 tensor on {x.device}")
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or targets.shape != x.shape[:1]:
+        raise InputError(
+            f"{op}: x is {tuple(x.shape)}, weight {tuple(weight.shape)} and targets {tuple(targets.shape)};"
+            " they must be (N, D), (V, D) and (N,)"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise InputError(f"{op}: bias has shape {tuple(bias.shape)}; it must be ({weight.shape[0]},), as weight's rows")
+    for name, t in {"weight": weight, **biases}.items():
+        if t.dtype is not x.dtype:
+            raise InputError(f"{op}: {name} has dtype {t.dtype} but x {x.dtype}; cast them to one dtype")
+    _check_loss(op, label_smoothing, z_loss, reduction)
+    return x, weight, targets, bias, ignore_index, float(label_smoothing), float(z_loss), reduction
 
 
 def embedding(weight: Tensor, tokens: Tensor, *, padding_idx: int | None = None) -> tuple[Any, ...]:
@@ -272,6 +306,7 @@ ARGUMENTS = {
     "geglu": geglu,
     "rope": rope,
     "cross_entropy": cross_entropy,
+    "linear_cross_entropy": linear_cross_entropy,
     "embedding": embedding,
     "adamw": adamw,
 }

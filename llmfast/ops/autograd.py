@@ -193,6 +193,35 @@ class CrossEntropy(torch.autograd.Function):
         return None, dlogits, *[None] * (1 + len(ctx.options))
 
 
+class LinearCrossEntropy(torch.autograd.Function):
+    """Gradients are made with the loss, while a chunk's logits are there, and scaled in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernels: ModuleType,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        bias: Tensor | None,
+        *options: Any,
+    ) -> Tensor:
+        if isinstance(ctx, _NoContext):
+            return kernels.linear_cross_entropy_fwd(x, weight, targets, bias, *options)
+        needs = tuple(ctx.needs_input_grad[i] for i in (1, 2, 4))
+        loss, *gradients = kernels.linear_cross_entropy_gradients(x, weight, targets, bias, *options, needs)
+        ctx.kernels, ctx.n_options = kernels, len(options)
+        ctx.dtypes = [x.dtype, weight.dtype, x.dtype if bias is None else bias.dtype]
+        ctx.save_for_backward(*gradients)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        dx, dw, db = ctx.kernels.linear_cross_entropy_bwd(grad_outputs[0], ctx.saved_tensors, ctx.dtypes)
+        return None, dx, dw, None, db, *[None] * ctx.n_options
+
+
 class Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernels: ModuleType, weight: Tensor, tokens: Tensor, padding_idx: int | None) -> Tensor:
@@ -234,6 +263,7 @@ FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
     "geglu": GEGLU,
     "rope": RoPE,
     "cross_entropy": CrossEntropy,
+    "linear_cross_entropy": LinearCrossEntropy,
     "embedding": Embedding,
 }
 

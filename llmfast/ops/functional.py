@@ -150,6 +150,28 @@ def cross_entropy(
     return _run("cross_entropy", backend, arguments.cross_entropy(logits, targets, **options))
 
 
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """cross_entropy(x @ weight^T + bias, targets) without holding all the logits at once.
+
+    x: (N, D); weight: (V, D); bias: (V,), all of one dtype; targets: (N,) int64. Gradients are made together with the
+    loss; the weight's is summed in float32.
+    """
+    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    args = arguments.linear_cross_entropy(x, weight, targets, bias, reduction=reduction, **options)
+    return _run("linear_cross_entropy", backend, args)
+
+
 def embedding(weight: Tensor, tokens: Tensor, *, padding_idx: int | None = None, backend: str | None = None) -> Tensor:
     """Row tokens[...] of weight for each token; row `padding_idx` gets no gradient.
 

@@ -146,6 +146,22 @@ def cross_entropy(
     return losses.sum() if reduction == "sum" else losses.sum() / counted.sum().clamp(min=1)
 
 
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """cross_entropy of x @ weight^T + bias. x: (N, D); weight: (V, D); bias: (V,) or None."""
+    acc = _accumulation_dtype(x)
+    logits = F.linear(x.to(acc), weight.to(acc), None if bias is None else bias.to(acc))
+    return cross_entropy(logits, targets, ignore_index, label_smoothing, z_loss, reduction)
+
+
 def embedding(weight: Tensor, tokens: Tensor, padding_idx: int | None = None) -> Tensor:
     """Row tokens[...] of weight for each token; row `padding_idx` gets no gradient. weight: (V, D); tokens: int64."""
     return F.embedding(tokens, weight, padding_idx)

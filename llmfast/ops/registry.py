@@ -63,6 +63,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "geglu": (_triton("activation"),),
     "rope": (_triton("rope"), _CPP),
     "cross_entropy": (_triton("cross_entropy"), _CUDA, _CPP),
+    "linear_cross_entropy": (_triton("linear_cross_entropy"),),
     "embedding": (_triton("embedding"),),
     "adamw": (
         Backend("triton", "llmfast.kernels.adamw", frozenset({"cuda"}), frozenset({torch.float32})),

@@ -214,6 +214,48 @@ class CrossEntropyCase(_Defaults):
         return Work(float((1 if direction == "fwd" else 2) * self.rows * self.classes * itemsize), 0.0)
 
 
+@dataclass(frozen=True)
+class LinearCrossEntropyCase(_Defaults):
+    """Cross-entropy of (rows, depth) @ (classes, depth)^T."""
+
+    rows: int
+    depth: int
+    classes: int
+    bias: bool = False
+    reduction: Literal["mean", "sum"] = "mean"
+    op: str = "linear_cross_entropy"
+    output: tuple[int, ...] = ()
+
+    @property
+    def label(self) -> str:
+        label = f"{self.rows}x{self.depth}x{self.classes}" + " bias" * self.bias
+        return label if self.reduction == "mean" else f"{label} {self.reduction}"
+
+    @property
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        shapes = {"x": (self.rows, self.depth), "weight": (self.classes, self.depth)}
+        return shapes | ({"bias": (self.classes,)} if self.bias else {})
+
+    def targets(self, device: torch.device) -> Tensor:
+        return CrossEntropyCase(self.rows, self.classes).targets(device)
+
+    def ours(self, *tensors: Tensor, backend: str) -> Tensor:
+        x, weight, *bias = tensors
+        return ops.linear_cross_entropy(
+            x, weight, self.targets(x.device), *bias, reduction=self.reduction, backend=backend
+        )
+
+    def torch(self, *tensors: Tensor) -> Tensor:
+        """The logits at the tensors' dtype, and their loss in float32, as models have it."""
+        loss = CrossEntropyCase(self.rows, self.classes, reduction=self.reduction)
+        return loss.torch(F.linear(*tensors).to(torch.promote_types(tensors[0].dtype, torch.float32)))
+
+    def work(self, direction: str, itemsize: int) -> Work:
+        """Matrix products: one forward, two backward."""
+        flops = 2.0 * self.rows * self.depth * self.classes * (1 if direction == "fwd" else 2)
+        return Work(0.0, flops)
+
+
 @functools.cache  # a model makes its tables once
 def _rope_tables(length: int, half: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     angles = torch.outer(torch.arange(length), 10000.0 ** -torch.linspace(0, 1, half))
@@ -381,7 +423,7 @@ class AttentionCase(_Defaults):
         return Work(float(elements * itemsize * (1 if direction == "fwd" else 2)), flops)
 
 
-Case = RowCase | CrossEntropyCase | RopeCase | EmbeddingCase | AttentionCase
+Case = RowCase | CrossEntropyCase | LinearCrossEntropyCase | RopeCase | EmbeddingCase | AttentionCase
 
 
 def make_inputs(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .cases import AttentionCase, Case, CrossEntropyCase, Result
+from .cases import AttentionCase, Case, CrossEntropyCase, LinearCrossEntropyCase, Result
 
 Function = Callable[..., Result]
 
@@ -68,6 +68,17 @@ def _liger_rms_norm(case: Case) -> Function:
     return lambda x, weight: apply(x, weight, 1e-6, 0.0, "llama", False)
 
 
+def _liger_linear_cross_entropy(case: Case) -> Function:
+    module = importlib.import_module("liger_kernel.ops.fused_linear_cross_entropy")
+    assert isinstance(case, LinearCrossEntropyCase)
+
+    def run(x: Tensor, weight: Tensor) -> Tensor:
+        out: Any = module.LigerFusedLinearCrossEntropyFunction.apply(x, weight, case.targets(x.device))
+        return out[0] if isinstance(out, tuple) else out
+
+    return run
+
+
 def _liger_swiglu(case: Case) -> Function:
     return importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction.apply
 
@@ -83,6 +94,7 @@ _LIBRARIES: dict[str, dict[str, Callable[[Case], Function]]] = {
     "layer_norm": {"Liger": _liger_layer_norm},
     "rms_norm": {"QuACK": _quack("rmsnorm"), "Liger": _liger_rms_norm},
     "cross_entropy": {"QuACK": _quack("cross_entropy")},
+    "linear_cross_entropy": {"Liger": _liger_linear_cross_entropy},
     "swiglu": {"Liger": _liger_swiglu},
 }
 

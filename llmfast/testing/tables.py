@@ -1,6 +1,15 @@
 """The tables of cases: `TEST_CASES` for tests, `BENCHMARK_CASES` and `CPU_BENCHMARK_CASES` for benchmarks."""
 
-from .cases import ROW_INPUTS, AttentionCase, Case, CrossEntropyCase, EmbeddingCase, RopeCase, RowCase
+from .cases import (
+    ROW_INPUTS,
+    AttentionCase,
+    Case,
+    CrossEntropyCase,
+    EmbeddingCase,
+    LinearCrossEntropyCase,
+    RopeCase,
+    RowCase,
+)
 
 
 def _rows(op: str, *shapes: tuple[int, int]) -> list[Case]:
@@ -61,6 +70,13 @@ TEST_CASES: dict[str, list[Case]] = {
     **{op: _rows(op, *(s for s in _ROW_SHAPES if s[1] > 1 or not op.startswith("add_"))) for op in ROW_INPUTS},
     "cross_entropy": [*(CrossEntropyCase(*shape) for shape in _ROW_SHAPES), *_CROSS_ENTROPY_OPTIONS],
     "rope": [RopeCase(*shape, interleaved) for shape in _ROPE_SHAPES for interleaved in (False, True)],
+    "linear_cross_entropy": [
+        LinearCrossEntropyCase(1, 1, 1),
+        LinearCrossEntropyCase(70, 16, 33, bias=True),
+        LinearCrossEntropyCase(70, 16, 33, bias=True, reduction="sum"),
+        LinearCrossEntropyCase(9, 48, 300),
+        LinearCrossEntropyCase(0, 4, 8, bias=True),
+    ],
     "embedding": [
         EmbeddingCase(*s) for s in ((1, 1, 1), (7, 3, 5), (300, 40, 300), (0, 5, 8), (100, 1000, 64), (700, 3, 40))
     ],
@@ -96,6 +112,7 @@ BENCHMARK_CASES: dict[str, list[Case]] = {
     "geglu": _rows("geglu", (32768, 3072), (16384, 8192)),
     "cross_entropy": [CrossEntropyCase(32768, 4096), CrossEntropyCase(16384, 50304), CrossEntropyCase(4096, 131072)],
     "rope": [RopeCase(16, 1024, 12, 64), RopeCase(4, 4096, 16, 128)],
+    "linear_cross_entropy": [LinearCrossEntropyCase(32768, 768, 50304), LinearCrossEntropyCase(16384, 4096, 128256)],
     "embedding": [EmbeddingCase(65536, 50304, 768), EmbeddingCase(16384, 128256, 4096), EmbeddingCase(65536, 256, 768)],
     "attention": _attention_benchmark(),
 }
@@ -107,6 +124,7 @@ CPU_BENCHMARK_CASES: dict[str, list[Case]] = {
     **{op: _rows(op, *_CPU_SHAPES) for op in ROW_INPUTS if op != "softmax"},
     "cross_entropy": [CrossEntropyCase(4096, 768), CrossEntropyCase(1024, 4096), CrossEntropyCase(256, 50304)],
     "rope": [RopeCase(4, 512, 12, 64)],
+    "linear_cross_entropy": [LinearCrossEntropyCase(1024, 192, 8192)],
     "embedding": [EmbeddingCase(4096, 8192, 768)],
     "attention": [
         *(AttentionCase(1, 1024, 1024, 12, 12, 64, c) for c in (False, True)),

@@ -9,7 +9,16 @@ from torch import Tensor
 from llmfast import ops
 from llmfast.ops.registry import BACKENDS, REFERENCE
 from llmfast.testing.accuracy import compare, outputs, upstream
-from llmfast.testing.cases import AttentionCase, Case, CrossEntropyCase, EmbeddingCase, RopeCase, RowCase, make_inputs
+from llmfast.testing.cases import (
+    AttentionCase,
+    Case,
+    CrossEntropyCase,
+    EmbeddingCase,
+    LinearCrossEntropyCase,
+    RopeCase,
+    RowCase,
+    make_inputs,
+)
 from llmfast.testing.tables import TEST_CASES
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -72,6 +81,7 @@ ORDINARY: list[Case] = [
     RopeCase(2, 9, 3, 64),
     RopeCase(2, 9, 3, 64, interleaved=True),
     EmbeddingCase(90, 37, 300),
+    LinearCrossEntropyCase(90, 30, 37, bias=True),
     AttentionCase(2, 70, 90, 4, 2, 64, causal=True),
 ]
 EACH = pytest.mark.parametrize(

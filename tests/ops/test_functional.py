@@ -91,6 +91,12 @@ WRONG: list[tuple[Callable[[], object], str, str]] = [
     (lambda: ops.cross_entropy(t(2, 4), IDS, z_loss=float("inf")), "cross_entropy: z_loss ", "inf"),
     (lambda: ops.cross_entropy(t(2, 4), IDS, n_classes=5), "cross_entropy: n_classes ", "1 to 4"),
     (lambda: ops.cross_entropy(t(2, 4), IDS, n_classes=0), "cross_entropy: n_classes ", "1 to 4"),
+    (lambda: ops.linear_cross_entropy(t(2, 3), t(4, 3), IDS.int()), "linear_cross_entropy: targets ", "torch.int32"),
+    (lambda: ops.linear_cross_entropy(t(2, 3), t(4, 3), [0]), "linear_cross_entropy: targets ", "list"),
+    (lambda: ops.linear_cross_entropy(t(2, 3), t(4, 2), IDS), "linear_cross_entropy: x ", "(4, 2)"),
+    (lambda: ops.linear_cross_entropy(t(2, 3), t(4, 3), IDS, t(3)), "linear_cross_entropy: bias ", "(4,)"),
+    (lambda: ops.linear_cross_entropy(t(2, 3), t(4, 3, dtype=HALF), IDS), "linear_cross_entropy: weight ", "float16"),
+    (lambda: ops.linear_cross_entropy(t(2, 3), t(4, 3), IDS, z_loss=-1.0), "linear_cross_entropy: z_loss ", "-1.0"),
     (lambda: ops.embedding(t(4), IDS), "embedding: weight ", "(V, D)"),
     (lambda: ops.embedding(IDS, IDS), "embedding: weight ", "torch.int64"),
     (lambda: ops.embedding(t(4, 2), IDS.int()), "embedding: tokens ", "torch.int32 on cpu"),
@@ -141,7 +147,7 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SUPPORTED = [
     pytest.param(op, name, dtype, id=f"{op}-{name}-{str(dtype).removeprefix('torch.')}")
     for op in BACKENDS
-    if op not in ("adamw", "embedding")  # one returns nothing, the other has a case of its own
+    if op not in ("adamw", "embedding", "linear_cross_entropy")  # whose results are of another shape, or none
     for name, dtypes in [*((row.name, row.dtypes) for row in BACKENDS[op]), ("reference", DTYPES)]
     for dtype in DTYPES
     # Triton's CPU interpreter computes bfloat16 wrongly.
