@@ -1,172 +1,220 @@
-"""Layer normalisation over rows, forward and backward (https://arxiv.org/abs/1607.06450).
+"""Layer norm and RMS norm over rows, of x or of x + residual, forward and backward.
 
-The variance is that of the centred row, in float32, as are the saved mean and 1/std. Backward: dx needs one row; the
-weight's and bias's gradients are sums over all rows, taken without atomics as one float32 partial per program, then
-summed in a fixed order, so that results are bitwise repeatable. Not supported: float64.
+Layer norm: https://arxiv.org/abs/1607.06450; RMS norm: https://arxiv.org/abs/1910.07467. One family of kernels, of
+which flags leave out what an op has not. Forward, a row is read for its statistics and, from cache, again for its
+result: few registers, so many rows in flight. Backward, dx needs one row, while the parameters' gradients are sums over
+all of them, taken without atomics: each program keeps its own, and a second kernel adds those up in a fixed order, so
+that results are bitwise repeatable.
+Arithmetic and the saved statistics are float32. Not supported: float64.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import as_rows, multiprocessors, row_settings
+from ._common import architecture, as_rows, multiprocessors
 
-# Up to this row length one backward kernel holds x, dy and both partials in registers; above it, dx and the weights'
-# partials are separate kernels.
-MAX_FUSED_BACKWARD_ROW = 8192
-MAX_DX_ROW = 16384
+# Up to this row length the forward kernel reads a row once, into registers.
+SHORT_ROW: tl.constexpr = tl.constexpr(1024)
+# Up to this one the backward kernel does; above it, it works on blocks of columns, and a kernel before it takes the
+# sums along rows.
+MAX_HELD_ROW = 8192
 
 
-@triton.jit
-def _layer_norm_fwd_kernel(
-    X, W, B, Y, Mean, Rstd, x_stride, n_rows, n_cols, eps,
-    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """X: (n_rows, n_cols), row stride x_stride; W, B: (n_cols,); Y: as X, contiguous; Mean, Rstd: (n_rows,) fp32."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    col = tl.arange(0, BLOCK)[None, :]
-    inside = (row < n_rows) & (col < n_cols)
-    x = tl.load(X + row * x_stride + col, mask=inside, other=0.0).to(tl.float32)
-    mean = tl.sum(x, 1)[:, None] / n_cols
-    centred = tl.where(col < n_cols, x - mean, 0.0)
-    if X.dtype.element_ty == tl.float32:  # what the first sum rounded off, where inputs are fine enough to show it
-        error = tl.sum(centred, 1)[:, None] / n_cols
-        mean += error
-        centred = tl.where(col < n_cols, centred - error, 0.0)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(centred * centred, 1)[:, None] / n_cols + eps))
-    y = centred * rstd
-    if HAS_WEIGHT:
-        y *= tl.load(W + col, mask=col < n_cols, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        y += tl.load(B + col, mask=col < n_cols, other=0.0).to(tl.float32)
-    tl.store(Y + row * n_cols + col, y.to(Y.dtype.element_ty), mask=inside)
-    tl.store(Mean + row, mean, mask=row < n_rows)
-    tl.store(Rstd + row, rstd, mask=row < n_rows)
+class Tile(NamedTuple):
+    """What a program works on at a time, and the warps it does it with."""
+
+    rows: int
+    block: int
+    warps: int
 
 
 @triton.jit
-def _layer_norm_fwd_long_kernel(
-    X, W, B, Y, Mean, Rstd, x_stride, n_cols, eps,
-    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The same for one row per program, walked three times in blocks: mean, variance, result."""
-    row = tl.program_id(0).to(tl.int64)
-    X += row * x_stride
-    Y += row * n_cols
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, n_cols, BLOCK):
-        col = start + tl.arange(0, BLOCK)
-        total += tl.load(X + col, mask=col < n_cols, other=0.0).to(tl.float32)
-    mean = tl.sum(total, 0) / n_cols
-    squares = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, n_cols, BLOCK):
-        col = start + tl.arange(0, BLOCK)
-        x = tl.load(X + col, mask=col < n_cols, other=0.0).to(tl.float32)
-        centred = tl.where(col < n_cols, x - mean, 0.0)
-        squares += centred * centred
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares, 0) / n_cols + eps))
-    for start in range(0, n_cols, BLOCK):
-        col = start + tl.arange(0, BLOCK)
-        y = (tl.load(X + col, mask=col < n_cols, other=0.0).to(tl.float32) - mean) * rstd
-        if HAS_WEIGHT:
-            y *= tl.load(W + col, mask=col < n_cols, other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            y += tl.load(B + col, mask=col < n_cols, other=0.0).to(tl.float32)
-        tl.store(Y + col, y.to(Y.dtype.element_ty), mask=col < n_cols)
-    tl.store(Mean + row, mean)
-    tl.store(Rstd + row, rstd)
+def _read(X, Residual, col, inside, HAS_RESIDUAL: tl.constexpr, EVICTION: tl.constexpr):
+    """Elements of what is normalised: x, or x + residual rounded to their dtype."""
+    x = tl.load(X + col, mask=inside, other=0.0, eviction_policy=EVICTION)
+    if HAS_RESIDUAL:
+        residual = tl.load(Residual + col, mask=inside, other=0.0, eviction_policy=EVICTION)
+        x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
+    return x
 
 
 @triton.jit
-def _layer_norm_bwd_kernel(
-    DY, X, W, Mean, Rstd, DX, PartialW, PartialB, dy_stride, x_stride, n_rows, n_cols,
-    HAS_WEIGHT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+def _norm_fwd_kernel(
+    X, Residual, W, B, Y, Total, Mean, Rstd, x_stride, residual_stride, n_rows, eps, offset,
+    N: tl.constexpr, RMS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dx = rstd * (wdy - mean(wdy) - x^ * mean(wdy * x^)), wdy = w * dy, x^ = (x - mean) * rstd
-    and sums of dy * x^ and dy.
+    """X, Residual: (n_rows, N) with row strides; W, B: (N,); Y, Total: (n_rows, N), contiguous; Mean, Rstd: (n_rows,).
 
-    DY, X: (n_rows, n_cols) with row strides; DX: contiguous; PartialW, PartialB: (programs, n_cols) fp32.
+    A lane's sums for the variance are of differences from its own first element: those of squares would lose their
+    digits where the mean is large, and a mean taken first would cost one more reading of the row.
     """
-    col = tl.arange(0, BLOCK)[None, :]
-    w = tl.full([1, BLOCK], 1.0, tl.float32)
-    if HAS_WEIGHT:
-        w = tl.load(W + col, mask=col < n_cols, other=0.0).to(tl.float32)
-    dw = tl.zeros([ROWS, BLOCK], tl.float32)
-    db = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in tl.range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS, num_stages=3):
-        row = start + tl.arange(0, ROWS)[:, None].to(tl.int64)
-        inside = (row < n_rows) & (col < n_cols)
-        x = tl.load(X + row * x_stride + col, mask=inside, other=0.0).to(tl.float32)
-        dy = tl.load(DY + row * dy_stride + col, mask=inside, other=0.0).to(tl.float32)
-        mean = tl.load(Mean + row, mask=row < n_rows, other=0.0)
-        rstd = tl.load(Rstd + row, mask=row < n_rows, other=0.0)
-        x_hat = tl.where(inside, (x - mean) * rstd, 0.0)
-        wdy = dy * w
-        correlation = tl.sum(wdy * x_hat, 1)[:, None] / n_cols
-        dx = (wdy - tl.sum(wdy, 1)[:, None] / n_cols - x_hat * correlation) * rstd
-        tl.store(DX + row * n_cols + col, dx.to(DX.dtype.element_ty), mask=inside)
-        dw += dy * x_hat
-        db += dy
-    partial = tl.program_id(0).to(tl.int64) * n_cols + tl.arange(0, BLOCK)
-    tl.store(PartialW + partial, tl.sum(dw, 0), mask=tl.arange(0, BLOCK) < n_cols)
-    tl.store(PartialB + partial, tl.sum(db, 0), mask=tl.arange(0, BLOCK) < n_cols)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    X += row * x_stride
+    Residual += row * residual_stride
+    Y += row * N
+    Total += row * N
+    lane = tl.arange(0, BLOCK)[None, :]
+    inside = (row < n_rows) & (lane < N)
+    piece = _read(X, Residual, lane, inside, HAS_RESIDUAL, "evict_last")
+    first = piece.to(tl.float32)
+    sums = tl.zeros([ROWS, BLOCK], tl.float32)
+    squares = first * first if RMS else tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(BLOCK, N, BLOCK):
+        col = start + lane
+        inside = (row < n_rows) & (col < N)
+        x = _read(X, Residual, col, inside, HAS_RESIDUAL, "evict_last").to(tl.float32)
+        if not RMS:
+            x = tl.where(col < N, x - first, 0.0)
+            sums += x
+        squares += x * x
+    mean = 0.0
+    error = 0.0
+    if not RMS:
+        count = ((N - lane + BLOCK - 1) // BLOCK).to(tl.float32)  # of a lane's elements
+        mean = tl.sum(count * first + sums, 1)[:, None] / N
+        centred = first - mean
+        if X.dtype.element_ty == tl.float32:  # what the sum rounded off, where inputs are fine enough to show it
+            error = tl.sum(count * centred + sums, 1)[:, None] / N
+            centred -= error
+        squares += centred * (2.0 * sums + count * centred)
+        tl.store(Mean + row, mean + error, mask=row < n_rows)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares, 1)[:, None] / N + eps))
+    tl.store(Rstd + row, rstd, mask=row < n_rows)
+    for start in range(0, N, BLOCK):
+        col = start + lane
+        inside = (row < n_rows) & (col < N)
+        x = piece if N <= SHORT_ROW else _read(X, Residual, col, inside, HAS_RESIDUAL, "evict_first")
+        if HAS_RESIDUAL:
+            tl.store(Total + col, x, mask=inside)
+        y = ((x.to(tl.float32) - mean) - error) * rstd
+        if HAS_WEIGHT:
+            y *= tl.load(W + col, mask=col < N, other=0.0).to(tl.float32) + offset
+        if HAS_BIAS:
+            y += tl.load(B + col, mask=col < N, other=0.0).to(tl.float32)
+        tl.store(Y + col, y.to(Y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _layer_norm_bwd_dx_long_kernel(
-    DY, X, W, Mean, Rstd, DX, dy_stride, x_stride, n_cols, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr
-):
-    """dx alone, for one row per program, walked twice in blocks (once, from cache, where the row fits one)."""
+def _norm_bwd_kernel(
+    DY, DTotal, X, W, Mean, Rstd, Correlation, Shift, DX, PartialW, PartialB,
+    dy_stride, dtotal_stride, x_stride, n_rows, offset,
+    N: tl.constexpr, RMS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dx = rstd * (wdy - mean(wdy) - x^ * mean(wdy * x^)) + dtotal, wdy = w * dy, x^ = (x - mean) * rstd, without
+    mean(wdy) for RMS norm; and sums over the program's rows of dy * x^ and dy.
+
+    DY, DTotal, X: (n_rows, N) with row strides; DX: contiguous; Correlation, Shift: (n_rows,), the two means of each
+    row, read where it is longer than BLOCK; PartialW, PartialB: (programs, N) fp32.
+    """
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    col = column[None, :]
+    w = 1.0
+    if HAS_WEIGHT:
+        w = tl.load(W + col, mask=col < N, other=0.0).to(tl.float32) + offset
+    dw = tl.zeros([BLOCK], tl.float32)
+    db = tl.zeros([BLOCK], tl.float32)
+    for start in tl.range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
+        row = start + tl.arange(0, ROWS)[:, None].to(tl.int64)
+        inside = (row < n_rows) & (col < N)
+        dy = tl.load(DY + row * dy_stride + col, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(X + row * x_stride + col, mask=inside, other=0.0).to(tl.float32)
+        rstd = tl.load(Rstd + row, mask=row < n_rows, other=0.0)
+        if not RMS:
+            x -= tl.load(Mean + row, mask=row < n_rows, other=0.0)
+        x_hat = x * rstd
+        wdy = dy * w
+        shift = 0.0
+        if BLOCK >= N:
+            correlation = tl.sum(wdy * x_hat, 1)[:, None] / N
+            if not RMS:
+                shift = tl.sum(wdy, 1)[:, None] / N
+        else:
+            correlation = tl.load(Correlation + row, mask=row < n_rows, other=0.0)
+            if not RMS:
+                shift = tl.load(Shift + row, mask=row < n_rows, other=0.0)
+        dx = (wdy - shift - x_hat * correlation) * rstd
+        if HAS_RESIDUAL:
+            dx += tl.load(DTotal + row * dtotal_stride + col, mask=inside, other=0.0).to(tl.float32)
+        tl.store(DX + row * N + col, dx.to(DX.dtype.element_ty), mask=inside)
+        if HAS_WEIGHT:
+            dw += tl.sum(dy * x_hat, 0)
+        if HAS_BIAS:
+            db += tl.sum(dy, 0)
+    partial = tl.program_id(0).to(tl.int64) * N + column
+    if HAS_WEIGHT:
+        tl.store(PartialW + partial, dw, mask=column < N)
+    if HAS_BIAS:
+        tl.store(PartialB + partial, db, mask=column < N)
+
+
+@triton.jit
+def _norm_bwd_row_sums_kernel(
+    DY, X, W, Mean, Rstd, Correlation, Shift, dy_stride, x_stride, offset,
+    N: tl.constexpr, RMS: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Correlation = mean(wdy * x^) and Shift = mean(wdy) of a row, for the kernel above."""
     row = tl.program_id(0).to(tl.int64)
     DY += row * dy_stride
     X += row * x_stride
-    DX += row * n_cols
-    mean = tl.load(Mean + row)
+    mean = 0.0
+    if not RMS:
+        mean = tl.load(Mean + row)
     rstd = tl.load(Rstd + row)
-    total = tl.zeros([BLOCK], tl.float32)
-    correlation = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, n_cols, BLOCK):
+    products = tl.zeros([BLOCK], tl.float32)
+    sums = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, N, BLOCK):
         col = start + tl.arange(0, BLOCK)
-        x_hat = (tl.load(X + col, mask=col < n_cols, other=0.0).to(tl.float32) - mean) * rstd
-        wdy = tl.load(DY + col, mask=col < n_cols, other=0.0).to(tl.float32)
+        wdy = tl.load(DY + col, mask=col < N, other=0.0).to(tl.float32)
         if HAS_WEIGHT:
-            wdy *= tl.load(W + col, mask=col < n_cols, other=0.0).to(tl.float32)
-        total += wdy
-        correlation += wdy * x_hat
-    mean_wdy = tl.sum(total, 0) / n_cols
-    mean_correlation = tl.sum(correlation, 0) / n_cols
-    for start in range(0, n_cols, BLOCK):
-        col = start + tl.arange(0, BLOCK)
-        x_hat = (tl.load(X + col, mask=col < n_cols, other=0.0).to(tl.float32) - mean) * rstd
-        wdy = tl.load(DY + col, mask=col < n_cols, other=0.0).to(tl.float32)
-        if HAS_WEIGHT:
-            wdy *= tl.load(W + col, mask=col < n_cols, other=0.0).to(tl.float32)
-        dx = (wdy - mean_wdy - x_hat * mean_correlation) * rstd
-        tl.store(DX + col, dx.to(DX.dtype.element_ty), mask=col < n_cols)
+            wdy *= tl.load(W + col, mask=col < N, other=0.0).to(tl.float32) + offset
+        products += wdy * ((tl.load(X + col, mask=col < N, other=0.0).to(tl.float32) - mean) * rstd)
+        sums += wdy
+    tl.store(Correlation + row, tl.sum(products, 0) / N)
+    if not RMS:
+        tl.store(Shift + row, tl.sum(sums, 0) / N)
 
 
 @triton.jit
-def _layer_norm_bwd_weights_kernel(
-    DY, X, Mean, Rstd, PartialW, PartialB, dy_stride, x_stride, n_rows, n_cols, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Partial sums of dy * x^ and dy over the rows of program_id(1), for BLOCK columns."""
-    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    dw = tl.zeros([ROWS, BLOCK], tl.float32)
-    db = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(tl.program_id(1) * ROWS, n_rows, tl.num_programs(1) * ROWS):
-        row = start + tl.arange(0, ROWS)[:, None].to(tl.int64)
-        inside = (row < n_rows) & (col < n_cols)
-        x = tl.load(X + row * x_stride + col, mask=inside, other=0.0).to(tl.float32)
-        dy = tl.load(DY + row * dy_stride + col, mask=inside, other=0.0).to(tl.float32)
-        mean = tl.load(Mean + row, mask=row < n_rows, other=0.0)
-        rstd = tl.load(Rstd + row, mask=row < n_rows, other=0.0)
-        dw += dy * tl.where(inside, (x - mean) * rstd, 0.0)
-        db += dy
+def _sum_partials_kernel(Partials, Sums, n_partials, N, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    """Sums: (k, N), of Partials: (k, n_partials, N), k = program_id(1)."""
+    Partials += tl.program_id(1).to(tl.int64) * n_partials * N
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    partial = tl.program_id(1).to(tl.int64) * n_cols + column
-    tl.store(PartialW + partial, tl.sum(dw, 0), mask=column < n_cols)
-    tl.store(PartialB + partial, tl.sum(db, 0), mask=column < n_cols)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(0, n_partials, ROWS):
+        row = start + tl.arange(0, ROWS)[:, None]
+        inside = (row < n_partials) & (column[None, :] < N)
+        total += tl.load(Partials + row * N + column[None, :], mask=inside, other=0.0)
+    tl.store(Sums + tl.program_id(1) * N + column, tl.sum(total, 0), mask=column < N)
+
+
+def _forward_tile(n_cols: int, rms: bool, has_residual: bool) -> Tile:
+    """A short row whole; of others as many pieces as were measured fastest, or as divide the row evenly. Layer norm,
+    whose two sums along a row wait for each other, needs more programs at once, of fewer warps; with a residual, that
+    is more bytes for each sum, fewer do."""
+    block = max(16, triton.next_power_of_2(n_cols))
+    if n_cols <= SHORT_ROW.value:
+        return Tile(max(1, 256 // block), block, 1)
+    pieces = 1 if has_residual else 2 if rms else 4
+    block = min(16384, block // pieces)
+    divisor = n_cols & -n_cols
+    if n_cols % block and divisor >= 256 and n_cols // divisor <= 2 * pieces + 1:
+        block = divisor
+    return Tile(1, block, block // (256 if block <= 4096 else 512))
+
+
+def _backward_tile(n_cols: int) -> Tile:
+    """32 elements a lane; a warp for each 256 columns, up to 8, so that no sum over rows crosses warps."""
+    block = max(16, triton.next_power_of_2(n_cols)) if n_cols <= MAX_HELD_ROW else 2048
+    warps = min(8, max(1, block // 256))
+    return Tile(1024 * warps // block, block, warps)
 
 
 def _vector(p: Tensor | None, x: Tensor) -> Tensor:
@@ -174,22 +222,75 @@ def _vector(p: Tensor | None, x: Tensor) -> Tensor:
     return x if p is None else p.contiguous()
 
 
-def layer_norm_fwd(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x: (..., N); weight, bias: (N,) or None -> y as x, contiguous; mean and 1/std, (rows,) float32."""
+def _forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, offset: float, rms: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> y and x + residual as x, contiguous (y again where there is no residual); mean (not for RMS norm) and 1/std,
+    (rows,) float32."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = y if residual is None else torch.empty_like(y)
     rows = as_rows(x)
+    residual_rows = rows if residual is None else as_rows(residual)
     n_rows, n_cols = rows.shape
     mean, rstd = torch.empty((2, n_rows), dtype=torch.float32, device=x.device)
+    if n_rows > 0:
+        tile = _forward_tile(n_cols, rms, residual is not None)
+        _norm_fwd_kernel[(triton.cdiv(n_rows, tile.rows),)](
+            rows, residual_rows, _vector(weight, rows), _vector(bias, rows), y, total, mean, rstd,
+            rows.stride(0), residual_rows.stride(0), n_rows, eps, offset,
+            N=n_cols, RMS=rms, HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None,
+            HAS_BIAS=bias is not None, ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps,
+        )  # fmt: skip
+    return y, total, mean, rstd
+
+
+def _backward(
+    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, offset: float,
+    rms: bool, has_bias: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """-> dx as x, of which x is the sum where there is a residual; dweight, dbias (N,) float32 or None."""
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    x_rows, dy_rows = as_rows(x), as_rows(dy)
+    dtotal_rows = dy_rows if dtotal is None else as_rows(dtotal)
+    n_rows, n_cols = x_rows.shape
+    n_sums = (weight is not None) + has_bias
+    sums = (torch.empty if n_rows else torch.zeros)((n_sums, n_cols), dtype=torch.float32, device=x.device)
+    gradients = dx, sums[0] if weight is not None else None, sums[-1] if has_bias else None
     if n_rows == 0:
-        return y, mean, rstd
-    per_program, block, warps = row_settings(n_cols)
-    args = (rows, _vector(weight, rows), _vector(bias, rows), y, mean, rstd, rows.stride(0))
-    flags = {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None, "BLOCK": block, "num_warps": warps}
-    if n_cols <= block:
-        grid = (triton.cdiv(n_rows, per_program),)
-        _layer_norm_fwd_kernel[grid](*args, n_rows, n_cols, eps, ROWS=per_program, **flags)
-    else:
-        _layer_norm_fwd_long_kernel[(n_rows,)](*args, n_cols, eps, **flags)
+        return gradients
+    tile, w = _backward_tile(n_cols), _vector(weight, x_rows)
+    n_blocks = triton.cdiv(n_cols, tile.block)
+    # Eight warps a multiprocessor, and 8 partials where blocks alone are as many: one long sum would round off more.
+    n_partials = max(8, 8 // tile.warps * multiprocessors(x.device) // n_blocks)
+    n_partials = min(n_partials, triton.cdiv(n_rows, tile.rows))
+    partials = torch.empty((max(1, n_sums), n_partials, n_cols), dtype=torch.float32, device=x.device)
+    # Rows of 8192 of three tensors, two ahead in 16 bits or one in 32, fit the 99 KB of shared memory of small GPUs.
+    stages = 3 if x.element_size() == 2 else 2
+    flags = {"N": n_cols, "RMS": rms, "HAS_WEIGHT": weight is not None}
+    correlation, shift = mean, mean
+    if n_blocks > 1:
+        correlation, shift = torch.empty((2, n_rows), dtype=torch.float32, device=x.device)
+        _norm_bwd_row_sums_kernel[(n_rows,)](
+            dy_rows, x_rows, w, mean, rstd, correlation, shift, dy_rows.stride(0), x_rows.stride(0), offset,
+            **flags, BLOCK=2048, num_warps=4,
+        )  # fmt: skip
+    _norm_bwd_kernel[(n_partials, n_blocks)](
+        dy_rows, dtotal_rows, x_rows, w, mean, rstd, correlation, shift, dx, partials[0], partials[-1],
+        dy_rows.stride(0), dtotal_rows.stride(0), x_rows.stride(0), n_rows, offset, **flags,
+        HAS_RESIDUAL=dtotal is not None, HAS_BIAS=has_bias,
+        ROWS=tile.rows, BLOCK=tile.block, STAGES=stages, num_warps=tile.warps,
+    )  # fmt: skip
+    if n_sums:
+        early = architecture() >= 90  # launched before its predecessor has ended, which it then waits for
+        _sum_partials_kernel[(triton.cdiv(n_cols, 16), n_sums)](
+            partials, sums, n_partials, n_cols, ROWS=512, BLOCK=16, EARLY=early, num_warps=8, launch_pdl=early
+        )
+    return gradients
+
+
+def layer_norm_fwd(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x: (..., N); weight, bias: (N,) or None -> y as x, contiguous; mean and 1/std, (rows,) float32."""
+    y, _, mean, rstd = _forward(x, None, weight, bias, eps, 0.0, False)
     return y, mean, rstd
 
 
@@ -197,29 +298,48 @@ def layer_norm_bwd(
     dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dy, x: (..., N); mean, rstd as the forward gave them -> dx as x; dweight, dbias (N,) float32 or None."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    x_rows, dy_rows = as_rows(x), as_rows(dy)
-    n_rows, n_cols = x_rows.shape
-    programs = min(8, max(2, 8192 // triton.next_power_of_2(n_cols))) * multiprocessors(x.device)
-    per_program, block, warps = row_settings(n_cols, MAX_FUSED_BACKWARD_ROW)
-    fused = n_cols <= MAX_FUSED_BACKWARD_ROW
-    n_partials = min(programs, triton.cdiv(n_rows, per_program)) if fused else min(8, triton.cdiv(n_rows, 8))
-    partial_w, partial_b = torch.empty((2, n_partials, n_cols), dtype=torch.float32, device=x.device)
-    if n_rows > 0:
-        w = _vector(weight, x_rows)
-        strides = (dy_rows.stride(0), x_rows.stride(0))
-        if fused:
-            _layer_norm_bwd_kernel[(n_partials,)](
-                dy_rows, x_rows, w, mean, rstd, dx, partial_w, partial_b, *strides, n_rows, n_cols,
-                HAS_WEIGHT=weight is not None, ROWS=per_program, BLOCK=block, num_warps=warps,
-            )  # fmt: skip
-        else:
-            _, block, warps = row_settings(n_cols, MAX_DX_ROW)
-            _layer_norm_bwd_dx_long_kernel[(n_rows,)](
-                dy_rows, x_rows, w, mean, rstd, dx, *strides, n_cols,
-                HAS_WEIGHT=weight is not None, BLOCK=block, num_warps=warps,
-            )  # fmt: skip
-            _layer_norm_bwd_weights_kernel[(triton.cdiv(n_cols, 128), n_partials)](
-                dy_rows, x_rows, mean, rstd, partial_w, partial_b, *strides, n_rows, n_cols, ROWS=8, BLOCK=128
-            )
-    return dx, partial_w.sum(0) if weight is not None else None, partial_b.sum(0) if has_bias else None
+    return _backward(dy, None, x, weight, mean, rstd, 0.0, False, has_bias)
+
+
+def rms_norm_fwd(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    """x: (..., N); weight: (N,) or None -> y as x, contiguous; 1/rms, (rows,) float32."""
+    y, _, _, rstd = _forward(x, None, weight, None, eps, offset, True)
+    return y, rstd
+
+
+def rms_norm_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, offset: float
+) -> tuple[Tensor, Tensor | None]:
+    """-> dx as x; dweight (N,) float32 or None."""
+    dx, dw, _ = _backward(dy, None, x, weight, rstd, rstd, offset, True, False)
+    return dx, dw
+
+
+def add_layer_norm_fwd(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> the norm of x + residual and that sum; mean and 1/std, (rows,) float32."""
+    return _forward(x, residual, weight, bias, eps, 0.0, False)
+
+
+def add_layer_norm_bwd(
+    dy: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, has_bias: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """-> the gradient of x and of the residual; dweight, dbias (N,) float32 or None."""
+    return _backward(dy, dtotal, total, weight, mean, rstd, 0.0, False, has_bias)
+
+
+def add_rms_norm_fwd(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> the norm of x + residual and that sum; 1/rms, (rows,) float32."""
+    y, total, _, rstd = _forward(x, residual, weight, None, eps, offset, True)
+    return y, total, rstd
+
+
+def add_rms_norm_bwd(
+    dy: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor | None, rstd: Tensor, offset: float
+) -> tuple[Tensor, Tensor | None]:
+    """-> the gradient of x and of the residual; dweight (N,) float32 or None."""
+    dx, dw, _ = _backward(dy, dtotal, total, weight, rstd, rstd, offset, True, False)
+    return dx, dw

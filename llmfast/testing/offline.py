@@ -42,11 +42,9 @@ class Compiled(NamedTuple):
 
 # One small case per tile configuration: compilation depends on head dimension, causality and row length alone.
 CASES: list[Case] = [
-    *(
-        RowCase(op, 2, cols)
-        for op in ("softmax", "layer_norm", "gelu", "bias_gelu", "swiglu", "geglu")
-        for cols in (64, 768, 4096, *((16384, 32768, 65536) if op in ("softmax", "layer_norm") else ()))
-    ),
+    *(RowCase(op, 2, cols) for op in ("softmax", "layer_norm") for cols in (64, 768, 4096, 16384, 32768, 65536)),
+    *(RowCase(op, 2, cols) for op in ("rms_norm", "add_layer_norm", "add_rms_norm") for cols in (768, 8192, 65536)),
+    *(RowCase(op, 2, cols) for op in ("gelu", "bias_gelu", "swiglu", "geglu") for cols in (64, 4096)),
     *(RopeCase(1, 2, 2, d, interleaved) for d in (64, 128) for interleaved in (False, True)),
     *(CrossEntropyCase(2, classes) for classes in (64, 4096, 50304)),
     EmbeddingCase(128, 32, 768),
