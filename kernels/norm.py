@@ -4,8 +4,7 @@ Layer norm: https://arxiv.org/abs/1607.06450; RMS norm: https://arxiv.org/abs/19
 which flags leave out what an op has not. Forward, a row is read for its statistics and, from cache, again for its
 result: few registers, so many rows in flight. Backward, dx needs one row, while the parameters' gradients are sums over
 all of them, taken without atomics: each program keeps its own, and a second kernel adds those up in a fixed order, so
-that results are bitwise repeatable.
-Arithmetic and the saved statistics are float32. Not supported: float64.
+that results are bitwise repeatable. Arithmetic and the saved statistics are float32. Not supported: float64.
 """
 
 from typing import NamedTuple
@@ -196,12 +195,12 @@ def _sum_partials_kernel(Partials, Sums, n_partials, N, ROWS: tl.constexpr, BLOC
 
 
 def _forward_tile(n_cols: int, rms: bool, has_residual: bool) -> Tile:
-    """A short row whole; of others as many pieces as were measured fastest, or as divide the row evenly. Layer norm,
-    whose two sums along a row wait for each other, needs more programs at once, of fewer warps; with a residual, that
-    is more bytes for each sum, fewer do."""
+    """Short rows whole, 32 elements a lane; of others as many pieces as were measured fastest, or as divide the row
+    evenly. Layer norm, whose two sums along a row wait for each other, needs more programs at once, of fewer warps;
+    with a residual, that is more bytes for each sum, fewer do."""
     block = max(16, triton.next_power_of_2(n_cols))
     if n_cols <= SHORT_ROW.value:
-        return Tile(max(1, 256 // block), block, 1)
+        return Tile(SHORT_ROW.value // block, block, 1)
     pieces = 1 if has_residual else 2 if rms else 4
     block = min(16384, block // pieces)
     divisor = n_cols & -n_cols

@@ -65,6 +65,22 @@ def test_one_pass_goes_back_as_the_norm_does(cols: int, device: str) -> None:
     torch.testing.assert_close(dx, expected[0] + dtotal, rtol=2 * torch.finfo(x.dtype).eps, atol=2e-3)
 
 
+def test_tiles_keep_what_the_kernels_take_for_granted() -> None:
+    """Rows that are read once fit their block; elements a lane and warps stay within the registers there are."""
+    pytest.importorskip("triton")
+    kernels = importlib.import_module("llmfast.kernels.norm")
+    for cols in (1, 7, 64, 128, 768, 1023, 1024, 1025, 1600, 2304, 3072, 3584, 5120, 8192, 9001, 33000, 131072, 10**6):
+        forward = [kernels._forward_tile(cols, rms, residual) for rms in (False, True) for residual in (False, True)]
+        backward = kernels._backward_tile(cols)
+        for tile in (*forward, backward):
+            assert all(n & (n - 1) == 0 for n in tile) and tile.warps <= 32
+            assert 8 <= tile.rows * tile.block // (32 * tile.warps) <= 32
+        assert cols > 1024 or all(tile.block >= cols for tile in forward)
+        assert (backward.block >= cols) == (cols <= 8192)
+        assert backward.warps == 1 or backward.block >= 256 * backward.warps  # so that sums over rows stay in a lane
+    assert [kernels._forward_tile(768 * 4, rms, False).block for rms in (True, False)] == [1024, 1024]  # 3 pieces each
+
+
 @EACH
 def test_the_residual_has_strides_of_its_own(op: str, backend: str, device: str) -> None:
     needs(backend)
