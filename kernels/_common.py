@@ -27,17 +27,17 @@ def exponential(x, EXACT: tl.constexpr):
     return tl.exp2(x * LOG2E)
 
 
-def row_settings(n_cols: int, longest: int = MAX_ROW_IN_REGISTERS) -> tuple[int, int, int]:
+def row_settings(n_cols: int) -> tuple[int, int, int]:
     """(rows per program, columns per block, warps) for a kernel over rows of `n_cols` elements.
 
-    The block covers a row of up to `longest` elements, and short rows share a program, so that each thread has 8 to 64
-    elements: enough independent 16-byte loads in flight, and no more registers than there are. A longer row gives a
-    block that the kernel must walk with.
+    The block covers a row of up to MAX_ROW_IN_REGISTERS elements, and short rows share a program, so that each thread
+    has 8 to 64 elements: enough independent 16-byte loads in flight, and no more registers than there are. A longer row
+    gives a block that the kernel must walk with.
     """
     if n_cols <= 0:
         raise ValueError(f"row_settings: n_cols is {n_cols}; a row must hold at least one element")
-    if n_cols > longest:
-        return 1, min(longest, 8192), 16
+    if n_cols > MAX_ROW_IN_REGISTERS:
+        return 1, 8192, 16
     block = max(16, triton.next_power_of_2(n_cols))
     rows = max(1, min(16, 2048 // block))
     warps = min(32, max(2, rows * block // 512))

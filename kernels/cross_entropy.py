@@ -17,7 +17,7 @@ from ._common import as_rows, exponential
 
 LANE: tl.constexpr = tl.constexpr(8)  # elements a lane takes at once: a 16-byte vector of 16-bit values
 MAX_BLOCK = 8192
-BWD_BLOCK = 4096
+BWD_BLOCK = 2048
 
 
 @triton.jit
@@ -90,22 +90,21 @@ def _cross_entropy_bwd_kernel(
     blocks = tl.cdiv(n_cols, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     col = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    EXACT: tl.constexpr = X.dtype.element_ty == tl.float32
+    # Nothing waits for the target: rows to ignore are few, and read in vain.
+    x = tl.load(X + row * x_stride + col, mask=col < n_classes, other=-float("inf")).to(tl.float32)
     target = tl.load(Targets + row)
-    dx = tl.zeros([BLOCK], tl.float32)
-    if target != ignore_index:
-        EXACT: tl.constexpr = X.dtype.element_ty == tl.float32
-        g = tl.load(Grad + row * grad_stride).to(tl.float32)
-        if MEAN:
-            g = tl.div_rn(g, tl.load(Count))
-        g = tl.where((target >= 0) & (target < n_classes), g, float("nan"))
-        m = tl.load(Maxima + row)
-        s = tl.load(Sums + row)
-        x = tl.load(X + row * x_stride + col, mask=col < n_classes, other=-float("inf")).to(tl.float32)
-        weight = 1.0 + 2.0 * z_loss * (m + tl.log(s))
-        e = exponential(x - m, EXACT)
-        p = tl.div_rn(e, s) if EXACT else e / s
-        dx = g * (weight * p - tl.where(col == target, 1.0 - smoothing, 0.0) - smoothing / n_classes)
-        dx = tl.where(col < n_classes, dx, 0.0)
+    g = tl.load(Grad + row * grad_stride).to(tl.float32)
+    if MEAN:
+        g = tl.div_rn(g, tl.load(Count))
+    g = tl.where((target >= 0) & (target < n_classes), g, float("nan"))
+    m = tl.load(Maxima + row)
+    s = tl.load(Sums + row)
+    weight = 1.0 + 2.0 * z_loss * (m + tl.log(s))
+    e = exponential(x - m, EXACT)
+    p = tl.div_rn(e, s) if EXACT else e * (1.0 / s)
+    dx = g * (weight * p - tl.where(col == target, 1.0 - smoothing, 0.0) - smoothing / n_classes)
+    dx = tl.where((col < n_classes) & (target != ignore_index), dx, 0.0)
     tl.store(DX + row * dx_stride + col, dx.to(DX.dtype.element_ty), mask=col < n_cols)
 
 

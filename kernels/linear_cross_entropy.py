@@ -14,14 +14,13 @@ from torch import Tensor
 from .cross_entropy import cross_entropy_bwd, cross_entropy_fwd
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, total in float32."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total += a @ b, total in float32; the first time instead of what it holds."""
+    beta = 0 if first else 1
+    if a.is_cuda and a.dtype != total.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
     else:
-        total.addmm_(a.float(), b.float())
+        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
 
 
 def linear_cross_entropy_gradients(
@@ -42,7 +41,8 @@ def linear_cross_entropy_gradients(
     loss, ones = (torch.full((), v, dtype=torch.float32, device=x.device) for v in (0.0, 1.0))
     scale = ones if reduction == "sum" else 1.0 / (targets != ignore_index).sum().clamp(min=1).float()
     dx = torch.empty_like(x) if needs[0] else None
-    dw = torch.zeros(weight.shape, dtype=torch.float32, device=x.device) if needs[1] else None
+    new = torch.empty if n_rows else torch.zeros
+    dw = new(weight.shape, dtype=torch.float32, device=x.device) if needs[1] else None
     db = torch.zeros((classes,), dtype=torch.float32, device=x.device) if needs[2] else None
     options = (ignore_index, label_smoothing, z_loss, "sum", classes, True)
     chunk = max(depth, -(-n_rows // 8))
@@ -51,15 +51,14 @@ def linear_cross_entropy_gradients(
         logits = torch.nn.functional.linear(rows, weight, bias)
         part, statistics, count = cross_entropy_fwd(logits, wanted, *options)
         loss += part
-        if not any(needs):
-            continue
-        dlogits = cross_entropy_bwd(scale, logits, wanted, statistics, count, *options)
+        dlogits = cross_entropy_bwd(scale, logits, wanted, statistics, count, *options) if any(needs) else logits
         if dx is not None:
             torch.mm(dlogits, weight, out=dx[start : start + chunk])
         if dw is not None:
-            _add_product(dw, dlogits.t(), rows)
+            _add_product(dw, dlogits.t(), rows, start == 0)
         if db is not None:
             db += dlogits.sum(0, dtype=torch.float32)
+        del logits, dlogits  # or the next chunk's would lie beside them
     return loss * scale, dx, dw, db
 
 
