@@ -22,7 +22,7 @@ PREFERRED: dict[str, tuple[tuple[int, str], ...]] = {
 
 
 def row_length(case: str) -> int:
-    """The last number of a label as 32768x768."""
+    """The second number of a label as 32768x768."""
     return int(case.split("x")[1])
 
 

@@ -13,7 +13,8 @@ KERNELS = (
     "Kernels against their peers: our fastest backend over the fastest peer of each case, geometric mean and worst."
     " A ratio below 1 is a loss, and is shown too. Every result of ours was checked against the float64 truth in the"
     " same run before it was timed. Every case is behind the folds, in TFLOP/s for attention (4 B H T^2 D, half for"
-    " causal, times 2.5 backward), else in TB/s of the bytes that must move. On a CPU the peer is eager PyTorch."
+    " causal, times 2.5 backward) and linear cross-entropy (2 N D V; its backward is both together, 6 N D V), else"
+    " in TB/s of the bytes that must move. On a CPU the peer is eager PyTorch."
 )
 
 
@@ -88,7 +89,7 @@ def report() -> str:
             lines, ratios = table(record)
             cells = [f(v) for v in ratios.values() for f in (mean, lambda v: f"{min(v):.2f}" if v else "-")]
             summary.append(line(name, cells))
-            unit = "TFLOP/s" if record["rows"][0]["op"] == "attention" else "TB/s"
+            unit = record.get("unit", "TFLOP/s" if path.stem.startswith("attention") else "TB/s")
             versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items() if v)
             ceiling = record["ceilings"]
             details += [

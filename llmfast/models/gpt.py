@@ -57,7 +57,7 @@ class GPT(nn.Module):
             raise InputError(
                 f"{start + length} tokens do not fit the context of {self.config.context_length}; shorten the input"
             )
-        x = self.token_embedding(ids)
+        x = ops.embedding(self.token_embedding.weight, ids)
         if self.position_embedding is not None:
             x = x + self.position_embedding.weight[start : start + length]
             rotary = None

@@ -30,7 +30,7 @@ DIRECTIONS = ("fwd", "bwd")
 
 @dataclass(frozen=True)
 class Row:
-    """One provider on one case in one direction. `rate` is in FLOP/s for attention, else bytes/s."""
+    """One provider on one case in one direction. `rate` is in FLOP/s where the record's unit says so, else bytes/s."""
 
     op: str
     case: str
@@ -95,6 +95,7 @@ def run(
         "commit": commit or _git_commit(),
         "dtype": dtype,
         "ceilings": ceiling._asdict(),
+        "unit": "TFLOP/s" if cases[op][0].work("fwd", 2).flops else "TB/s",
         "rows": [asdict(row) for row in rows],
     }
     _print(console, rows, record, ceiling)
@@ -173,7 +174,12 @@ def _time(
         else:
             outs = outputs(function(*inputs))
             grads = upstream(outs, grad)
-            ms = milliseconds(lambda: torch.autograd.grad(outs, inputs, grads, retain_graph=True), inputs[0].device)
+
+            def backward() -> object:
+                given = outputs(function(*inputs)) if case.joint else outs
+                return torch.autograd.grad(given, inputs, grads, retain_graph=not case.joint)
+
+            ms = milliseconds(backward, inputs[0].device)
     except Exception as error:  # a peer may refuse a shape with any error: the table shows which
         if ours:
             raise
@@ -196,7 +202,7 @@ def _print(console: Console, rows: list[Row], record: dict[str, Any], ceiling: C
     versions = "  ".join(f"{k} {v}" for k, v in record["versions"].items() if v)
     console.print(f"{record['device']['name']}  {record['dtype']}  {versions}")
     console.print(f"ceilings measured now: {ceiling.bytes_per_s / 1e12:.2f} TB/s, {ceiling.flops / 1e12:.1f} TFLOP/s")
-    unit = "TFLOP/s" if rows and rows[0].op == "attention" else "TB/s"
+    unit = record["unit"]
     table = Table()
     for heading in ("case", "", "provider", "ms", unit, "of ceiling", "vs best peer", "accurate"):
         number = heading in ("ms", unit, "of ceiling", "vs best peer")
@@ -230,7 +236,7 @@ def _plot(rows: list[Row], record: dict[str, Any], path: Path) -> None:
             panel.plot(x, y, marker="o", label=provider, linewidth=2.5 if ours else 1.2)
         panel.set_xticks(range(len(cases)), cases, rotation=60, ha="right", fontsize=7)
         panel.set_title("forward" if direction == "fwd" else "backward")
-        panel.set_ylabel("TFLOP/s" if rows[0].op == "attention" else "TB/s")
+        panel.set_ylabel(record["unit"])
         panel.set_ylim(bottom=0)
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)

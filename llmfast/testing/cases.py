@@ -31,6 +31,9 @@ class _Defaults:
         """How far the op can magnify a rounding error of its input."""
         return 1.0
 
+    joint = False
+    """Whether backward is timed together with forward, which does part of its work."""
+
     def looseness(self, result: Tensor) -> float:
         """How many times PyTorch's error is allowed."""
         return 2.0
@@ -225,6 +228,7 @@ class LinearCrossEntropyCase(_Defaults):
     reduction: Literal["mean", "sum"] = "mean"
     op: str = "linear_cross_entropy"
     output: tuple[int, ...] = ()
+    joint = True
 
     @property
     def label(self) -> str:
@@ -251,8 +255,8 @@ class LinearCrossEntropyCase(_Defaults):
         return loss.torch(F.linear(*tensors).to(torch.promote_types(tensors[0].dtype, torch.float32)))
 
     def work(self, direction: str, itemsize: int) -> Work:
-        """Matrix products: one forward, two backward."""
-        flops = 2.0 * self.rows * self.depth * self.classes * (1 if direction == "fwd" else 2)
+        """Matrix products: one for the loss, three for it and the gradients."""
+        flops = 2.0 * self.rows * self.depth * self.classes * (1 if direction == "fwd" else 3)
         return Work(0.0, flops)
 
 
