@@ -26,7 +26,7 @@ def test_writes_its_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     file, picture = tmp_path / "new" / "softmax.json", tmp_path / "new" / "softmax.png"
     rows = bench.run("softmax", device="cpu", only=LABEL, providers="reference,torch", json=file, plot=picture)
     record = json.loads(file.read_text())
-    assert set(record) == {"date", "device", "versions", "commit", "dtype", "ceilings", "rows"}
+    assert set(record) == {"date", "device", "versions", "commit", "dtype", "ceilings", "unit", "rows"}
     assert record["device"]["type"] == "cpu" and record["dtype"] == "float32"
     assert record["versions"]["torch"] == torch.__version__
     assert record["date"].startswith("20") and record["date"].endswith("+00:00")
