@@ -46,9 +46,15 @@ def linear_cross_entropy_gradients(
     db = torch.zeros((classes,), dtype=torch.float32, device=x.device) if needs[2] else None
     options = (ignore_index, label_smoothing, z_loss, "sum", classes, True)
     chunk = max(depth, -(-n_rows // 8))
+    # One memory for all chunks; a row begins a multiple of 64 elements after the last, so that vectors of it are whole.
+    buffer = torch.empty((min(chunk, n_rows), -(-classes // 64) * 64), dtype=x.dtype, device=x.device)
     for start in range(0, n_rows, chunk):
         rows, wanted = x[start : start + chunk], targets[start : start + chunk]
-        logits = torch.nn.functional.linear(rows, weight, bias)
+        logits = buffer[: rows.shape[0], :classes]
+        if bias is None:
+            torch.mm(rows, weight.t(), out=logits)
+        else:
+            torch.addmm(bias, rows, weight.t(), out=logits)
         part, statistics, count = cross_entropy_fwd(logits, wanted, *options)
         loss += part
         dlogits = cross_entropy_bwd(scale, logits, wanted, statistics, count, *options) if any(needs) else logits
@@ -58,7 +64,6 @@ def linear_cross_entropy_gradients(
             _add_product(dw, dlogits.t(), rows, start == 0)
         if db is not None:
             db += dlogits.sum(0, dtype=torch.float32)
-        del logits, dlogits  # or the next chunk's would lie beside them
     return loss * scale, dx, dw, db
 
 
@@ -81,8 +86,9 @@ def linear_cross_entropy_bwd(
     grad: Tensor, gradients: list[Tensor | None], dtypes: list[torch.dtype]
 ) -> list[Tensor | None]:
     """The gradients, for the upstream gradient `grad` and in their dtypes."""
+    one = grad.reshape(1)  # a tensor without dimensions would be rounded to the gradient's dtype first
     return [
-        None if g is None else torch.mul(g, grad, out=torch.empty_like(g, dtype=dtype))
+        None if g is None else torch.mul(g, one, out=torch.empty_like(g, dtype=dtype))
         for g, dtype in zip(gradients, dtypes, strict=True)
     ]
 

@@ -114,3 +114,32 @@ def test_in_place_of_rows_that_are_not_adjacent(device: str) -> None:
     leaf = wide.clone().t().requires_grad_()
     loss = ops.cross_entropy(leaf, torch.arange(5, device=device), in_place=True, backend="triton")
     assert torch.equal(torch.autograd.grad(loss, leaf)[0], expected[1])
+
+
+@pytest.mark.parametrize("grad", [1.0, 0.3])
+def test_linear_cross_entropy_scales_without_rounding_the_scale(grad: float, device: str) -> None:
+    """An upstream gradient of 0.3 would lose its digits were it rounded to float16 first, as on a GPU it easily is."""
+    pytest.importorskip("triton")
+    x, weight = (torch.randn(s, 16, device=device).half().requires_grad_() for s in (20, 33))
+    targets = torch.arange(20, device=device)
+    loss = ops.linear_cross_entropy(x, weight, targets, reduction="sum", backend="triton")
+    (dx,) = torch.autograd.grad(loss, x, torch.tensor(grad, device=device), retain_graph=True)
+    (unit,) = torch.autograd.grad(loss, x, retain_graph=True)
+    assert torch.equal(dx, (unit.float() * torch.tensor(grad, device=device)).half())
+
+
+def test_linear_cross_entropy_of_frozen_inputs(device: str) -> None:
+    """Gradients that nobody asks for are not made, and those asked for are the same."""
+    pytest.importorskip("triton")
+    x, weight, bias = (torch.randn(*s, device=device) for s in ((20, 16), (33, 16), (33,)))
+    targets = torch.arange(20, device=device)
+
+    def gradients(*wanted: int) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_(i in wanted) for i, t in enumerate((x, weight, bias))]
+        loss = ops.linear_cross_entropy(*leaves[:2], targets, leaves[2], backend="triton")
+        return list(torch.autograd.grad(loss, [leaves[i] for i in wanted]))
+
+    together = gradients(0, 1, 2)
+    for i in range(3):
+        assert torch.equal(gradients(i)[0], together[i])
+    assert not ops.linear_cross_entropy(x, weight, targets, bias, backend="triton").requires_grad
