@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import environment
 from ..errors import BackendError, InputError
@@ -145,6 +146,10 @@ def _why_not(op: str, row: Backend, args: tuple[Any, ...]) -> str | None:
     device = x.device.type
     interpreted = row.name == "triton" and device == "cpu" and environment.triton_interpreted()
     reason = _unfit(row, device, x.dtype, interpreted)
+    if reason is None and torch._C._are_functorch_transforms_active():
+        return "cannot be transformed by torch.func (vmap, grad, jvp)"
+    if reason is None and forward_ad._current_level >= 0:
+        return "has no forward-mode derivative"
     if reason is None and (limits := _limits(op, row.module)):
         return limits(*args)
     return reason

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import BackwardCFunction
 
 from llmfast import environment, ops
@@ -370,3 +371,34 @@ def test_double_backward_is_refused(op: str, backend: str, device: str) -> None:
     (grad,) = torch.autograd.grad(out.square().sum(), arguments[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.square().sum().backward()
+
+
+TRANSFORMED: dict[str, Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Any]]] = {
+    "vmap": torch.vmap,
+    "grad": lambda f: torch.func.grad(lambda x: f(x).square().sum()),
+    "jvp": lambda f: lambda x: torch.func.jvp(f, (x,), (x.cos(),))[1],
+    "forward mode": lambda f: lambda x: dual(f, x),
+}
+
+
+def dual(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(f(forward_ad.make_dual(x, x.cos()))).tangent
+    assert tangent is not None
+    return tangent
+
+
+@pytest.mark.parametrize("transform", TRANSFORMED)
+@pytest.mark.parametrize("backend", [row.name for row in BACKENDS["softmax"]])
+def test_transforms_are_refused_by_kernels(transform: str, backend: str, device: str) -> None:
+    """A kernel would give a tangent of zero, silently, or fail within; the reference is transformed."""
+    try:
+        importlib.import_module(next(row.module for row in BACKENDS["softmax"] if row.name == backend))
+    except (BackendError, ImportError) as error:
+        pytest.skip(str(error))
+    x, make = torch.randn(3, 5, 8, device=device), TRANSFORMED[transform]
+    with pytest.raises(BackendError, match="cannot be transformed|forward-mode|runs on"):
+        make(lambda t: ops.softmax(t, backend=backend))(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BackendFallbackWarning)
+        torch.testing.assert_close(make(ops.softmax)(x), make(lambda t: torch.softmax(t, -1))(x))
