@@ -66,6 +66,10 @@ def _torch_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], weight, 1e-6)
 
 
+def _with_input(norm: Callable[..., Tensor], total: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+    return norm(total, *parameters), total
+
+
 # One tensor, or those of an op with several.
 Result = Tensor | tuple[Tensor, ...]
 
@@ -74,8 +78,8 @@ _TORCH: dict[str, Callable[..., Result]] = {
     "softmax": lambda x: F.softmax(x, dim=-1),
     "layer_norm": _torch_layer_norm,
     "rms_norm": _torch_rms_norm,
-    "add_layer_norm": lambda x, residual, weight, bias: (_torch_layer_norm(x + residual, weight, bias), x + residual),
-    "add_rms_norm": lambda x, residual, weight: (_torch_rms_norm(x + residual, weight), x + residual),
+    "add_layer_norm": lambda x, residual, *parameters: _with_input(_torch_layer_norm, x + residual, *parameters),
+    "add_rms_norm": lambda x, residual, *parameters: _with_input(_torch_rms_norm, x + residual, *parameters),
     "gelu": F.gelu,
     "bias_gelu": lambda x, bias: F.gelu(x + bias, approximate="tanh"),
     "swiglu": lambda gate, up: F.silu(gate) * up,
