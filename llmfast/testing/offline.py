@@ -98,33 +98,41 @@ def _triton_module(op: str, *_: Any, **__: Any) -> ModuleType:
     return importlib.import_module(next(row.module for row in BACKENDS[op] if row.name == "triton"))
 
 
-def _compiled(arch: int, label: str, run: Callable[[], object]) -> list[Compiled]:
+def _launches(arch: int, run: Callable[[], object]) -> list[tuple[str, Any]]:
     with _compiling_for(arch) as compiled, mock.patch.object(registry, "choose", _triton_module):
         run()
-    return [
-        Compiled(name, label, k.metadata.num_warps, *_resources(k.asm["cubin"], arch), k.metadata.shared)
-        for name, k in compiled
-    ]
+    return compiled
 
 
-def compile_case(case: Case, dtype: torch.dtype, arch: int) -> list[Compiled]:
-    """Every kernel that the case's forward and backward would launch on sm_<arch>."""
+def launched(case: Case, dtype: torch.dtype, arch: int) -> list[tuple[str, Any]]:
+    """Names and compiled kernels of all that the case's forward and backward would launch on sm_<arch>."""
     inputs = make_inputs(case, "cpu", dtype)
 
     def run() -> None:
         outs = outputs(case.ours(*inputs, backend="triton"))
         torch.autograd.grad(outs, inputs, upstream(outs, torch.ones(case.output)))
 
-    return _compiled(arch, f"{case.label} {str(dtype).removeprefix('torch.')}", run)
+    return _launches(arch, run)
+
+
+def _resources_of(launches: list[tuple[str, Any]], label: str, arch: int) -> list[Compiled]:
+    return [
+        Compiled(name, label, k.metadata.num_warps, *_resources(k.asm["cubin"], arch), k.metadata.shared)
+        for name, k in launches
+    ]
+
+
+def compile_case(case: Case, dtype: torch.dtype, arch: int) -> list[Compiled]:
+    """Every kernel that the case's forward and backward would launch on sm_<arch>."""
+    return _resources_of(launched(case, dtype, arch), f"{case.label} {str(dtype).removeprefix('torch.')}", arch)
 
 
 def compile_adamw(dtype: torch.dtype, arch: int) -> list[Compiled]:
     """The update of float32 parameters from gradients of `dtype`, with copies of it, which is no op of a case."""
     p, m, v, grad, copy = (torch.ones(4, dtype=t) for t in (*[torch.float32] * 3, dtype, dtype))
     scale = torch.ones(())
-    return _compiled(
-        arch, "adamw", lambda: ops.adamw_(p, grad, m, v, copy, step=1, learning_rate=0.1, grad_scale=scale)
-    )
+    launches = _launches(arch, lambda: ops.adamw_(p, grad, m, v, copy, step=1, learning_rate=0.1, grad_scale=scale))
+    return _resources_of(launches, "adamw", arch)
 
 
 def main() -> int:

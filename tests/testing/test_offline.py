@@ -49,3 +49,42 @@ def test_every_kernel_compiles_for_hopper_within_the_limit_on_spills() -> None:
 def test_the_limit_on_spills_decides_the_exit_status() -> None:
     assert offline("--arch", "90", "--op", "layer_norm", "--max-spill", "-1").returncode == 1
     assert offline("--arch", "90", "--op", "layer_norm", "--max-spill", "0").returncode == 0  # it spills nothing
+
+
+COUNT = """
+import torch
+from llmfast.testing import offline
+from llmfast.testing.cases import CrossEntropyCase, RopeCase, RowCase
+
+SHAPES = [(2, 4000), (3, 4001), (17, 3333), (64, 2400), (1, 4096)]
+OPS = {
+    "softmax": [RowCase("softmax", *s) for s in SHAPES],
+    "swiglu": [RowCase("swiglu", *s) for s in SHAPES],
+    "bias_gelu": [RowCase("bias_gelu", *s) for s in SHAPES],
+    "cross_entropy": [CrossEntropyCase(*s) for s in SHAPES],
+    "rope": [RopeCase(b, t, h, 64) for b, t, h in [(1, 7, 3), (2, 16, 12), (5, 1, 1), (3, 100, 16)]],
+    "layer_norm": [RowCase("layer_norm", rows, 768) for rows in (1, 2, 3, 17, 64, 1000)],
+    "add_rms_norm": [RowCase("add_rms_norm", rows, 768) for rows in (1, 2, 3, 17, 64, 1000)],
+}
+seen = {}
+for op, cases in OPS.items():
+    for case in cases:
+        for name, kernel in offline.launched(case, torch.bfloat16, 90):
+            seen.setdefault((op, name), set()).add(kernel.hash)
+for (op, name), hashes in seen.items():
+    print(op, name, len(hashes))
+"""
+
+
+def test_shapes_of_a_class_share_their_kernels() -> None:
+    """Triton tells integers apart that are 1, multiples of 16 and others: with rows and strides that gives a few
+    variants; one for each length would be compiled anew for each."""
+    pytest.importorskip("triton")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(KERNELS.parent), env.get("PYTHONPATH"))))
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", COUNT], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    counts = {line.rsplit(" ", 1)[0]: int(line.rsplit(" ", 1)[1]) for line in done.stdout.splitlines()}
+    assert len(counts) > 12
+    assert counts.pop("rope _rope_kernel") <= 8  # its forward and backward are one function
+    assert max(counts.values()) <= 4, counts
