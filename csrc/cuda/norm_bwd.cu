@@ -4,6 +4,7 @@
 //
 // Blocks walk rows and keep the sums of their columns in registers; each (or each cluster) writes one float32 partial,
 // and a second kernel adds those up in order, so results are bitwise repeatable.
+#include "row_direct.cuh"
 #include "row_loop.cuh"
 #include "row_tile.cuh"
 
@@ -18,9 +19,23 @@ struct Backward {
   Param weight;
   const float *mean, *rstd;  // mean: layer norm only
   T* dx;
-  float *partial_w, *partial_b;  // (partials, cols); null where not wanted
+  float *partial_w = nullptr, *partial_b = nullptr;  // (partials, cols); null where not wanted
   int64_t rows, cols, dy_stride, x_stride;
   float per_column;  // 1 / cols
+
+  Backward(const void* dy, const void* x, Param weight, const float* mean, const float* rstd, void* dx, int64_t rows,
+           int64_t cols, int64_t dy_stride, int64_t x_stride)
+      : dy(static_cast<const T*>(dy)),
+        x(static_cast<const T*>(x)),
+        weight(weight),
+        mean(mean),
+        rstd(rstd),
+        dx(static_cast<T*>(dx)),
+        rows(rows),
+        cols(cols),
+        dy_stride(dy_stride),
+        x_stride(x_stride),
+        per_column(1.0f / static_cast<float>(cols)) {}
 };
 
 // Adds up the groups' sums, by halves: region r of shared memory takes those of group r + span.
@@ -215,9 +230,12 @@ int norm_bwd_loop(const Backward<T>& p, int64_t* n_partials, void* stream) {
 template <bool kRms, class T>
 int norm_bwd_rows(const Backward<T>& p, const Device& device, int64_t* n_partials, void* stream) {
   constexpr int size = sizeof(T);
+  const auto whole = [&](const T* rows, int64_t stride) {
+    return whole_vectors(rows, stride, p.rows, p.cols * size, size);
+  };
   RowPlan plan;
-  if (vector_rows(p.x, p.x_stride, p.rows, p.cols, size) && vector_rows(p.dy, p.dy_stride, p.rows, p.cols, size) &&
-      aligned16(p.dx) && aligned16(p.partial_w) && aligned16(p.partial_b))
+  if (whole(p.x, p.x_stride) && whole(p.dy, p.dy_stride) && aligned16(p.dx) && aligned16(p.partial_w) &&
+      aligned16(p.partial_b))
     plan = plan_rows(device, {p.rows, p.cols, size, 2, 1, kThreads});
   if (plan.vectors_per_thread == 0) return norm_bwd_loop<kRms>(p, n_partials, stream);
   return dispatch_vectors(plan.vectors_per_thread, [&](auto v) {
@@ -258,19 +276,7 @@ int layer_norm_bwd(const void* dy, const void* x, Param weight, const float* mea
                    int64_t dy_stride, int64_t x_stride, DType dtype, void* stream) {
   return dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const Backward<T> p{static_cast<const T*>(dy),
-                        static_cast<const T*>(x),
-                        weight,
-                        mean,
-                        rstd,
-                        static_cast<T*>(dx),
-                        nullptr,
-                        nullptr,
-                        rows,
-                        cols,
-                        dy_stride,
-                        x_stride,
-                        1.0f / cols};
+    const Backward<T> p(dy, x, weight, mean, rstd, dx, rows, cols, dy_stride, x_stride);
     return norm_bwd<false>(p, dweight, dbias, workspace, n_partials, stream);
   });
 }
@@ -280,19 +286,7 @@ int rms_norm_bwd(const void* dy, const void* x, Param weight, const float* rstd,
                  DType dtype, void* stream) {
   return dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const Backward<T> p{static_cast<const T*>(dy),
-                        static_cast<const T*>(x),
-                        weight,
-                        nullptr,
-                        rstd,
-                        static_cast<T*>(dx),
-                        nullptr,
-                        nullptr,
-                        rows,
-                        cols,
-                        dy_stride,
-                        x_stride,
-                        1.0f / cols};
+    const Backward<T> p(dy, x, weight, nullptr, rstd, dx, rows, cols, dy_stride, x_stride);
     return norm_bwd<true>(p, dweight, nullptr, workspace, n_partials, stream);
   });
 }

@@ -280,11 +280,6 @@ inline int fill_grid(const void* kernel, const Device& device, RowPlan* plan, in
   return 0;
 }
 
-// Whether rows start on 16-byte boundaries and hold whole vectors.
-inline bool vector_rows(const void* p, int64_t stride, int64_t rows, int64_t cols, int64_t element_bytes) {
-  return aligned16(p) && cols * element_bytes % 16 == 0 && (rows == 1 || stride * element_bytes % 16 == 0);
-}
-
 template <class F>
 int dispatch_vectors(int vectors_per_thread, F&& f) {
   switch (vectors_per_thread) {
