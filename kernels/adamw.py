@@ -7,6 +7,7 @@ supported: float64.
 """
 
 import functools
+from collections.abc import Iterable
 
 import torch
 import triton
@@ -52,15 +53,16 @@ def _adamw_kernel(
         tl.store(copy, p.to(LikeCopy.dtype.element_ty), mask=inside)
 
 
-@functools.lru_cache(maxsize=64)
-def _tables(addresses: tuple[int, ...], sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The kernel's tables; kept, as a step's tensors mostly lie where those of the step before lay."""
-    blocks = [(i, start) for i, n in enumerate(sizes) for start in range(0, n, BLOCK)]
-    tables = (torch.tensor(t, dtype=torch.int64) for t in (addresses, sizes, blocks))
-    if device.type == "cuda":  # pinned, so that a captured graph may copy them, too
-        tables = (t.pin_memory().to(device, non_blocking=True) for t in tables)
-    first, second, third = tables
-    return first.view(-1, 5), second, third.view(-1, 2)
+def _table(numbers: Iterable[Iterable[int]], device: torch.device) -> Tensor:
+    table = torch.tensor([list(row) for row in numbers], dtype=torch.int64)
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
+@functools.lru_cache(maxsize=8)
+def _blocks(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The kernel's Sizes and Blocks, kept: those of a model never change."""
+    blocks = _table(((i, start) for i, n in enumerate(sizes) for start in range(0, n, BLOCK)), device)
+    return _table([sizes], device).view(-1), blocks
 
 
 def adamw_fwd(
@@ -80,11 +82,9 @@ def adamw_fwd(
     """Update parameters and moments, float32, and write the parameters to `copies` where there are."""
     grads = [g.contiguous() for g in grads]
     groups = zip(parameters, grads, exp_avgs, exp_avg_sqs, copies or parameters, strict=True)
-    addresses, sizes, blocks = _tables(
-        tuple(t.data_ptr() for group in groups for t in group),
-        tuple(p.numel() for p in parameters),
-        parameters[0].device,
-    )
+    device = parameters[0].device
+    addresses = _table(((t.data_ptr() for t in group) for group in groups), device)
+    sizes, blocks = _blocks(tuple(p.numel() for p in parameters), device)
     if len(blocks) == 0:
         return
     on_device = isinstance(grad_scale, Tensor)
@@ -105,6 +105,8 @@ def adamw_limits(
     *settings: object,
 ) -> str | None:
     """Why the tensors cannot be updated where they are."""
+    if parameters[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        return "copies addresses from the host, which a CUDA graph would not do again"
     written = (*parameters, *exp_avgs, *exp_avg_sqs, *(copies or ()))
     if not all(t.is_contiguous() for t in written):
         return "needs contiguous parameters, moments and copies"

@@ -5,9 +5,19 @@ import torch
 from torch import Tensor
 
 from llmfast import ops
+from llmfast.errors import BackendError
 from llmfast.ops.registry import BACKENDS
 from llmfast.testing.accuracy import compare, outputs, upstream
-from llmfast.testing.cases import AttentionCase, CrossEntropyCase, RowCase, make_inputs
+from llmfast.testing.cases import (
+    AttentionCase,
+    Case,
+    CrossEntropyCase,
+    EmbeddingCase,
+    LinearCrossEntropyCase,
+    RopeCase,
+    RowCase,
+    make_inputs,
+)
 
 pytestmark = pytest.mark.gpu
 TRITON = "triton"
@@ -41,6 +51,29 @@ def test_rows_beyond_2_31_elements(op: str, backend: str, device: str) -> None:
     grad = torch.randn(case.output, device=device).bfloat16()
     comparisons = compare(case, spread, far_apart(grad, 2**30 + 2**29 + 16) if grad.dim() else grad, backend)
     assert all(c.ok for c in comparisons), comparisons
+
+
+@pytest.mark.parametrize(
+    "case", [RopeCase(3, 7, 2, 64), RopeCase(3, 7, 2, 64, interleaved=True)], ids=lambda c: c.label
+)
+def test_rope_beyond_2_31_elements(case: RopeCase, device: str) -> None:
+    (x,) = make_inputs(case, device, torch.bfloat16)
+    spread = [far_apart(x.detach(), 2**31 + 16).requires_grad_()]
+    grad = far_apart(torch.randn(case.output, device=device).bfloat16(), 2**31 + 16)
+    comparisons = compare(case, spread, grad, TRITON)
+    assert all(c.ok for c in comparisons), comparisons
+
+
+def test_embedding_beyond_2_31_elements(device: str) -> None:
+    """A table, and gradients of its rows, that end past 2^31 elements."""
+    rows, cols = 2**18 + 64, 8192
+    weight = torch.zeros(rows, cols, dtype=torch.bfloat16, device=device).requires_grad_()
+    tokens = torch.tensor([rows - 1, 0, rows - 1], device=device)
+    out = ops.embedding(weight, tokens, backend=TRITON)
+    grad = far_apart(torch.randn(3, cols, device=device).bfloat16(), 2**30 + 2**29 + 16)
+    (dw,) = torch.autograd.grad(out, weight, grad)
+    assert torch.equal(dw[rows - 1], (grad[0].float() + grad[2].float()).bfloat16()) and torch.equal(dw[0], grad[1])
+    assert not dw[1 : rows - 1].any()
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
@@ -145,15 +178,16 @@ def test_rows_long(op: str, cols: int, backend: str, dtype: torch.dtype, device:
 GRAPHED = [
     *((row_case(op, 64, cols), backend) for op, backend in ROW_OPS for cols in (1000, 70_000)),
     (AttentionCase(2, 100, 100, 4, 2, 64, True), TRITON),
+    (RopeCase(2, 30, 3, 64), TRITON),
+    (EmbeddingCase(300, 50, 200), TRITON),
+    (LinearCrossEntropyCase(70, 64, 333, bias=True), TRITON),
 ]
 
 
 @pytest.mark.parametrize(
     ("case", "backend"), [pytest.param(c, b, id=f"{c.op}-{c.label.replace(' ', '-')}-{b}") for c, b in GRAPHED]
 )
-def test_cuda_graph_and_side_stream(
-    case: RowCase | CrossEntropyCase | AttentionCase, backend: str, device: str
-) -> None:
+def test_cuda_graph_and_side_stream(case: Case, backend: str, device: str) -> None:
     """Forward and backward, captured on another stream, replay to the eager result on new values: no host reads."""
     inputs = make_inputs(case, device, torch.bfloat16)
     grad = torch.randn(case.output, device=device)
@@ -176,3 +210,21 @@ def test_cuda_graph_and_side_stream(
     graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(captured, once(), strict=True))
+
+
+def test_linear_cross_entropy_holds_a_chunk_of_the_logits(device: str) -> None:
+    """All of them would take 4 GiB here, and an eighth 0.5; the weight and its gradient in float32 are small."""
+    x = torch.randn(65536, 256, device=device, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(32768, 256, device=device, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(0, 32768, (65536,), device=device)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    ops.linear_cross_entropy(x, weight, targets, backend=TRITON).backward()
+    assert torch.cuda.max_memory_allocated() - before < 0.75 * 2**30
+
+
+def test_adamw_is_refused_in_a_cuda_graph(device: str) -> None:
+    """A replay would update whatever lies at the addresses of the capture."""
+    tensors = [torch.rand(5000, device=device) for _ in range(4)]
+    with torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(BackendError, match="CUDA graph"):
+        ops.adamw_(*tensors, step=1, learning_rate=0.1, backend=TRITON)
