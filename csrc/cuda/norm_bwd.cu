@@ -236,7 +236,7 @@ int norm_bwd_rows(const Backward<T>& p, const Device& device, int64_t* n_partial
   RowPlan plan;
   if (whole(p.x, p.x_stride) && whole(p.dy, p.dy_stride) && aligned16(p.dx) && aligned16(p.partial_w) &&
       aligned16(p.partial_b))
-    plan = plan_rows(device, {p.rows, p.cols, size, 2, 1, kThreads});
+    plan = plan_rows(device, p.rows, p.cols, size);
   if (plan.vectors_per_thread == 0) return norm_bwd_loop<kRms>(p, n_partials, stream);
   return dispatch_vectors(plan.vectors_per_thread, [&](auto v) {
     auto kernel = norm_bwd_kernel<T, decltype(v)::value, kRms>;

@@ -127,13 +127,6 @@ struct Group {
     v[0] = warp_reduce<Op>(total.x);
     if constexpr (K == 2) v[1] = warp_reduce<Op>(total.y);
   }
-
-  template <class Op>
-  __device__ float all_reduce(float v) {
-    float values[1] = {v};
-    all_reduce<Op>(values);
-    return values[0];
-  }
 };
 
 // ---- Tiles ----
@@ -206,9 +199,9 @@ struct RowTile {
 
   __device__ void release() { fetch(row + stages * step, slot); }
 
-  // Vector i of input k, `fill` where the row has ended.
-  __device__ uint4 vector(int k, int i, const uint4& fill = uint4{0, 0, 0, 0}) const {
-    return i < owned ? slots[((slot * K + k) * V + i) * threads] : fill;
+  // Vector i of input k, zeros where the row has ended.
+  __device__ uint4 vector(int k, int i) const {
+    return i < owned ? slots[((slot * K + k) * V + i) * threads] : uint4{0, 0, 0, 0};
   }
 
   __device__ bool more() const { return row < rows; }
@@ -229,10 +222,8 @@ struct ParamPlanes {
   float4* planes;
   int per_block;
 
-  __device__ ParamPlanes(float4* at, const RowShape& shape, const Group& g, const Param& p, float absent,
-                         bool wanted = true)
+  __device__ ParamPlanes(float4* at, const RowShape& shape, const Group& g, const Param& p, float absent)
       : planes(at), per_block(shape.per_block) {
-    if (!wanted) return;
     const int64_t begin = static_cast<int64_t>(g.rank) * per_block;
     const int n = (min(per_block, static_cast<int>(shape.vectors - begin))) * kPerVector<T>;
     float* out = reinterpret_cast<float*>(planes);
@@ -260,16 +251,9 @@ struct RowPlan {
   Launch launch;
 };
 
-struct RowNeeds {
-  int64_t rows, cols;
-  int element_bytes;
-  int inputs;       // rows held at once
-  int params;       // vectors of parameters kept in shared memory
-  int max_threads;  // of a block; a group is at most 512
-};
-
-// The plan but for its grid, which needs the kernel (fill_grid). Callers have checked alignment.
-RowPlan plan_rows(const Device& device, const RowNeeds& needs);
+// The plan but for its grid, which needs the kernel (fill_grid), for two inputs and the weights of a slice in shared
+// memory. Callers have checked alignment.
+RowPlan plan_rows(const Device& device, int64_t rows, int64_t cols, int element_bytes);
 
 // As many blocks as run at once, and no more than there are rows for.
 inline int fill_grid(const void* kernel, const Device& device, RowPlan* plan, int64_t at_most = INT64_MAX) {

@@ -8,13 +8,12 @@ namespace {
 constexpr int kMaxGroup = 512, kMaxVectors = 4 * kMaxGroup;
 constexpr int64_t kMaxRows = 1 << 30;  // row numbers, and those of the rows to come, are ints
 
-// Blocks per row. A kernel with parameters in shared memory takes half-size slices while clusters allow: two blocks
-// then fit a multiprocessor, and one computes while the other waits for its sums.
-int choose_cluster(const Device& device, int64_t vectors, int params) {
+// Blocks per row. Slices are half as large as they can be while clusters allow: two blocks, with the weights in shared
+// memory, then fit a multiprocessor, and one computes while the other waits for its sums.
+int choose_cluster(const Device& device, int64_t vectors) {
   const int widest = device.major >= 9 ? 8 : 1;
-  const int64_t preferred = params > 0 ? kMaxVectors / 2 : kMaxVectors;
   int cluster = 1;
-  while (cluster < widest && ceil_div(vectors, cluster) > preferred) cluster *= 2;
+  while (cluster < widest && ceil_div(vectors, cluster) > kMaxVectors / 2) cluster *= 2;
   return ceil_div(vectors, cluster) <= kMaxVectors ? cluster : 0;
 }
 
@@ -27,11 +26,10 @@ int choose_vectors_per_thread(int64_t vectors) {
   return by3 <= kMaxGroup && by3 * 3 < by4 * 4 ? 3 : 4;  // whichever leaves fewer vectors unused
 }
 
-size_t shared_bytes(const RowNeeds& needs, const RowPlan& plan, int threads, int groups, int stages) {
-  const int64_t per_vector = 16 / needs.element_bytes;
-  const int64_t params = int64_t{needs.params} * plan.shape.per_block * per_vector * 4;
-  const int64_t ring = int64_t{groups} * stages * needs.inputs * plan.vectors_per_thread * threads * 16;
-  return params + ring + int64_t{groups} * scratch_floats(threads, plan.shape.cluster) * 4;
+size_t shared_bytes(int element_bytes, const RowPlan& plan, int threads, int groups, int stages) {
+  const int64_t weights = int64_t{plan.shape.per_block} * (16 / element_bytes) * 4;
+  const int64_t ring = int64_t{groups} * stages * 2 * plan.vectors_per_thread * threads * 16;
+  return weights + ring + int64_t{groups} * scratch_floats(threads, plan.shape.cluster) * 4;
 }
 
 constexpr int kColumns = 32, kLanes = 16;  // of a block: 128-byte reads, and 16 sums of each column side by side
@@ -60,19 +58,19 @@ __global__ void __launch_bounds__(kColumns* kLanes)
 
 }  // namespace
 
-RowPlan plan_rows(const Device& device, const RowNeeds& needs) {
+RowPlan plan_rows(const Device& device, int64_t rows, int64_t cols, int element_bytes) {
   RowPlan plan;
-  const int64_t vectors = needs.cols * needs.element_bytes / 16;
-  const int cluster = choose_cluster(device, vectors, needs.params);
-  if (cluster == 0 || needs.rows > kMaxRows) return plan;
+  const int64_t vectors = cols * element_bytes / 16;
+  const int cluster = choose_cluster(device, vectors);
+  if (cluster == 0 || rows > kMaxRows) return plan;
   const int64_t per_block = ceil_div(vectors, cluster);
-  plan.shape = {static_cast<int>(needs.rows), static_cast<int>(vectors), static_cast<int>(per_block), cluster, 0};
+  plan.shape = {static_cast<int>(rows), static_cast<int>(vectors), static_cast<int>(per_block), cluster, 0};
   plan.vectors_per_thread = choose_vectors_per_thread(per_block);
   const int threads = group_threads(per_block, plan.vectors_per_thread);
-  int groups = needs.max_threads / threads;
+  int groups = kMaxGroup / threads;
   if (threads > 32) groups = std::min(groups, 15);  // a named barrier each, of 16, the first being the block's
   if (cluster > 1) groups = 1;                      // the cluster's barrier is for all threads of its blocks
-  const int64_t rows_each = ceil_div(needs.rows, device.multiprocessors);  // few rows: rather on all multiprocessors
+  const int64_t rows_each = ceil_div(rows, device.multiprocessors);  // few rows: rather on all multiprocessors
   groups = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(groups, rows_each)));
   // A cluster's blocks are one group each: two of them should fit a multiprocessor, which has 1 KiB more than a block
   // may use, and sets as much aside for every block.
@@ -80,7 +78,7 @@ RowPlan plan_rows(const Device& device, const RowNeeds& needs) {
   for (size_t budget : {cluster > 1 ? half : whole, whole}) {
     for (int g = groups; g > 0; g /= 2) {
       for (int stages = 3; stages >= 2; --stages) {
-        const size_t smem = shared_bytes(needs, plan, threads, g, stages);
+        const size_t smem = shared_bytes(element_bytes, plan, threads, g, stages);
         if (smem > budget) continue;
         plan.shape.stages = stages;
         plan.launch.block = dim3(threads, g);
