@@ -151,25 +151,8 @@ def cross_entropy_bwd(
     in_place: bool,
 ) -> Tensor:
     """-> dlogits, of logits' dtype: `logits` itself, overwritten, if `in_place`, else contiguous."""
-    rows = as_rows(logits)
-    if in_place and rows.data_ptr() != logits.data_ptr():  # a copy, as its elements are not adjacent
-        logits.copy_(
-            cross_entropy_bwd(
-                grad,
-                rows,
-                targets,
-                statistics,
-                count,
-                ignore_index,
-                label_smoothing,
-                z_loss,
-                reduction,
-                n_classes,
-                True,
-            )
-        )
-        return logits
-    dx = logits if in_place else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    rows = as_rows(logits)  # a copy where its elements are not adjacent
+    dx = rows if in_place else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     n_rows, n_cols = rows.shape
     if n_rows > 0:
         block = min(BWD_BLOCK, max(128, triton.next_power_of_2(n_cols)))
@@ -178,7 +161,9 @@ def cross_entropy_bwd(
             rows.stride(0), dx.stride(0), n_cols, n_classes, ignore_index, label_smoothing, z_loss,
             MEAN=reduction == "mean", BLOCK=block, num_warps=max(1, block // 512),
         )  # fmt: skip
-    return dx
+    if not in_place:
+        return dx
+    return logits if rows.data_ptr() == logits.data_ptr() else logits.copy_(rows)
 
 
 def cross_entropy_limits(

@@ -85,9 +85,8 @@ def embedding_bwd(dy: Tensor, weight: Tensor, tokens: Tensor, padding_idx: int |
     starts = torch.searchsorted(ordered, torch.arange(n_rows + 1, device=weight.device))
     counts = starts.diff()
     unit_ends = torch.where(counts > UNIT, (counts + UNIT - 1) // UNIT, 0).cumsum(0)
-    most_units = 2 * (
-        n_tokens // UNIT
-    )  # a row of more than UNIT tokens has less than twice as many units as whole ones
+    # A row of more than UNIT tokens has at most twice as many units as whole ones.
+    most_units = 2 * (n_tokens // UNIT)
     partial = torch.empty((most_units, n_cols), dtype=torch.float32, device=weight.device)
     block = min(512, max(16, triton.next_power_of_2(n_cols)))
     columns, settings = triton.cdiv(n_cols, block), {"UNIT": UNIT, "ROWS": ROWS, "BLOCK": block, "num_warps": 4}

@@ -29,6 +29,13 @@ def _check_float(op: str, **tensors: Tensor) -> None:
             raise InputError(f"{op}: {name} is on {t.device} but {next(iter(tensors))} on {device}; move it there")
 
 
+def _check_kind(op: str, name: str, t: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    """t is a tensor of this dtype on this device."""
+    if not isinstance(t, Tensor) or t.dtype is not dtype or t.device != device:
+        got = f"{t.dtype} on {t.device}" if isinstance(t, Tensor) else type(t).__name__
+        raise InputError(f"{op}: {name} is {got}; it must be a {dtype} tensor on {device}")
+
+
 def _check_rows(op: str, x: Tensor, **parameters: Tensor | None) -> None:
     """x has a last dimension N, and each parameter that is there is (N,), of x's dtype or of float32."""
     present = {name: p for name, p in parameters.items() if p is not None}
@@ -54,9 +61,7 @@ def softmax(x: Tensor, *, mask: Tensor | None = None, causal: bool = False) -> t
     if causal and x.dim() < 2:
         raise InputError(f"softmax: x has shape {tuple(x.shape)}; causal needs two dimensions, queries and keys")
     if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype is not torch.bool or mask.device != x.device:
-            got = f"{mask.dtype} on {mask.device}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise InputError(f"softmax: mask is {got}; it must be a bool tensor on {x.device}, True where x counts")
+        _check_kind("softmax", "mask", mask, torch.bool, x.device)
         if mask.dim() > x.dim() or any(m not in (1, n) for m, n in zip(mask.shape[::-1], x.shape[::-1], strict=False)):
             raise InputError(f"softmax: mask has shape {tuple(mask.shape)}; it must broadcast to x's {tuple(x.shape)}")
     return x, mask, bool(causal)
@@ -220,9 +225,7 @@ def linear_cross_entropy(
 ) -> tuple[Any, ...]:
     op, biases = "linear_cross_entropy", {} if bias is None else {"bias": bias}
     _check_float(op, x=x, weight=weight, **biases)
-    if not isinstance(targets, Tensor) or targets.dtype is not torch.int64 or targets.device != x.device:
-        got = f"{targets.dtype} on {targets.device}" if isinstance(targets, Tensor) else type(targets).__name__
-        raise InputError(f"{op}: targets is {got}; it must be an int64 tensor on {x.device}")
+    _check_kind(op, "targets", targets, torch.int64, x.device)
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or targets.shape != x.shape[:1]:
         raise InputError(
             f"{op}: x is {tuple(x.shape)}, weight {tuple(weight.shape)} and targets {tuple(targets.shape)};"
@@ -239,9 +242,7 @@ def linear_cross_entropy(
 
 def embedding(weight: Tensor, tokens: Tensor, *, padding_idx: int | None = None) -> tuple[Any, ...]:
     _check_float("embedding", weight=weight)
-    if not isinstance(tokens, Tensor) or tokens.dtype is not torch.int64 or tokens.device != weight.device:
-        got = f"{tokens.dtype} on {tokens.device}" if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise InputError(f"embedding: tokens is {got}; it must be an int64 tensor on {weight.device}")
+    _check_kind("embedding", "tokens", tokens, torch.int64, weight.device)
     if weight.dim() != 2:
         raise InputError(f"embedding: weight has shape {tuple(weight.shape)}; it must be (V, D)")
     rows = weight.shape[0]
