@@ -1,11 +1,12 @@
 """Write llmfast/ops/preference.py, the order auto tries GPU backends in, from benchmarks/results/<gpu>/<op>.json.
 
-For every op and row length that was measured, the backend whose forward and backward together take least time. --check
-only says whether the file agrees.
+For every op, direction and row length that was measured, the backend that takes least time; within 1 %, that of the
+next shorter rows. --check only says whether the file agrees.
 """
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,15 @@ ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "llmfast/ops/preference.py"
 MEASURED_ON = "nvidia-h200"
 
-HEAD = '''"""Which backend was measured fastest on a GPU, by op and row length; made by benchmarks/prefer.py."""
+HEAD = '''\
+"""Which backend was measured fastest on a GPU, by op, direction and row length: benchmarks/prefer.py wrote it."""
 
-# Op -> (longest row, backend), in order of length; the last one holds for longer rows too.
-PREFERRED: dict[str, tuple[tuple[int, str], ...]] = {
+from typing import Literal
+
+# Op -> direction -> (longest row, backend), in order of length; the last one holds for longer rows too.
+PREFERRED: dict[str, dict[Literal["fwd", "bwd"], tuple[tuple[int, str], ...]]] = {
 '''
+TIE = 1.01
 
 
 def row_length(case: str) -> int:
@@ -27,13 +32,17 @@ def row_length(case: str) -> int:
 
 
 def fastest(rows: list[dict[str, Any]]) -> list[tuple[int, str]]:
-    """(row length, backend) of every length, ascending; only backends that ran every case are compared."""
+    """(row length, backend) of every length, ascending, among rows of one direction."""
     times: dict[int, dict[str, float]] = {}
     for row in rows:
-        if row["ours"] and row["ms"]:
-            by_backend = times.setdefault(row_length(row["case"]), {})
-            by_backend[row["provider"]] = by_backend.get(row["provider"], 0.0) + row["ms"]
-    return [(length, min(by, key=by.__getitem__)) for length, by in sorted(times.items())]
+        by_backend = times.setdefault(row_length(row["case"]), {})
+        by_backend[row["provider"]] = by_backend.get(row["provider"], 0.0) + row["ms"]
+    measured: list[tuple[int, str]] = []
+    for length, by in sorted(times.items()):
+        best = min(by, key=by.__getitem__)
+        before = measured[-1][1] if measured else best
+        measured.append((length, before if by.get(before, math.inf) <= TIE * by[best] else best))
+    return measured
 
 
 def classes(measured: list[tuple[int, str]]) -> list[tuple[int, str]]:
@@ -51,11 +60,15 @@ def text() -> str:
     folder = ROOT / "benchmarks/results" / MEASURED_ON
     lines = []
     for file in sorted(folder.glob("*.json")):
-        rows = json.loads(file.read_text()).get("rows", [])
-        if len({r["provider"] for r in rows if r["ours"] and r["ms"]}) < 2:  # nothing to choose between
+        rows = [r for r in json.loads(file.read_text()).get("rows", []) if r["ours"] and r["ms"]]
+        if len({r["provider"] for r in rows}) < 2:  # nothing to choose between
             continue
-        pairs = ", ".join(f'({limit}, "{backend}")' for limit, backend in classes(fastest(rows)))
-        lines.append(f'    "{file.stem}": ({pairs}{"," if pairs.count("(") == 1 else ""}),\n')
+        lines.append(f'    "{file.stem}": {{\n')
+        for direction in ("fwd", "bwd"):
+            measured = classes(fastest([r for r in rows if r["direction"] == direction]))
+            pairs = ", ".join(f'({limit}, "{backend}")' for limit, backend in measured)
+            lines.append(f'        "{direction}": ({pairs}{"," if len(measured) == 1 else ""}),\n')
+        lines.append("    },\n")
     return HEAD + "".join(lines) + "}\n"
 
 

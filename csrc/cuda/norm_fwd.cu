@@ -154,10 +154,15 @@ __device__ float finish_moments(Moments& m, const Forward<T>& p, int64_t row, bo
   return rstd;
 }
 
-// kEarly, for rows of one warp with parameters of dtype T: those are asked for with the row, and come while it is added
-// up. Longer rows have other warps to do so, and no registers to keep them in.
-template <class T, int V, bool kRms, bool kEarly>
-__global__ void __launch_bounds__(kMaxDirectThreads, 2) norm_fwd_kernel(Forward<T> p) {
+// How a block treats its row. kHeld: in registers. kEarly, for rows of one warp with parameters of dtype T: those are
+// asked for with the row, and come while it is added up; longer rows have other warps to do so, and no registers to
+// keep them in. kTwice: the row is not held, but read again.
+enum class Way { kHeld, kEarly, kTwice };
+
+template <class T, int V, bool kRms, Way kWay>
+__global__ void __launch_bounds__(kWay == Way::kTwice ? kMaxTwiceThreads : kMaxDirectThreads, 2)
+    norm_fwd_kernel(Forward<T> p) {
+  constexpr bool kEarly = kWay == Way::kEarly, kTwice = kWay == Way::kTwice, kKeep = kTwice || (kRms && V == 4);
   constexpr int n = kPerVector<T>, kKept = kEarly ? V : 1;
   const int64_t row = direct_row();
   if (row >= p.rows) return;  // whole warps, of rows of one warp each
@@ -169,7 +174,7 @@ __global__ void __launch_bounds__(kMaxDirectThreads, 2) norm_fwd_kernel(Forward<
 #pragma unroll
   for (int i = 0; i < V; ++i) {
     const int v = threadIdx.x + i * blockDim.x;
-    raw[i] = v < vectors ? load_row<false>(x + v * n) : uint4{};
+    raw[i] = v < vectors ? load_row<kKeep>(x + v * n) : uint4{};
     owned += v < vectors;
     if constexpr (kEarly) {
       weight[i] = v < vectors ? static_cast<const uint4*>(p.weight.data)[v] : uint4{};
@@ -178,14 +183,18 @@ __global__ void __launch_bounds__(kMaxDirectThreads, 2) norm_fwd_kernel(Forward<
   }
   Moments m = warp_moments<T, V, kRms>(raw, owned, warp_count<T, V>(vectors));
   if (blockDim.x > 32)
-    m = combine_moments<kRms, kMaxDirectWarps>(exchange_parts(as_part(m)), blockDim.x / 32, p.per_column);
+    m = combine_moments<kRms, kTwice ? 32 : kMaxDirectWarps>(exchange_parts(as_part(m)), blockDim.x / 32, p.per_column);
   const float rstd = finish_moments<T, kRms>(m, p, row, threadIdx.x == 0);
-  keep_packed(raw);
+  if (!kTwice) keep_packed(raw);
   const auto finish = [&](auto same) {
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       const int v = threadIdx.x + i * blockDim.x;
-      if constexpr (kEarly) {
+      if constexpr (kTwice) {
+        if (v < vectors)
+          normalize<T, kRms, decltype(same)::value>(load_row<true>(x + v * n), m, rstd, p.weight, p.bias, v * n,
+                                                    y + v * n);
+      } else if constexpr (kEarly) {
         float w[n], b[n];
         unpack<T>(weight[i], w);
         if (!kRms) unpack<T>(bias[i], b);
@@ -196,7 +205,11 @@ __global__ void __launch_bounds__(kMaxDirectThreads, 2) norm_fwd_kernel(Forward<
       }
     }
   };
-  kEarly || p.same ? finish(std::true_type()) : finish(std::false_type());
+  if (kWay != Way::kHeld || p.same) {
+    finish(std::true_type());
+  } else {
+    finish(std::false_type());
+  }
 }
 
 // Rows over clusters, see RowStream.
@@ -312,12 +325,14 @@ int norm_fwd(const Forward<T>& p, void* stream) {
   if (const DirectPlan plan = plan_direct(p.rows, vectors, false); whole && plan.vectors_per_thread > 0) {
     return dispatch_vectors(plan.vectors_per_thread, [&](auto v) {
       constexpr int V = decltype(v)::value;
-      constexpr bool kEarly = V < 4;  // more would not fit the registers
+      constexpr Way kEarly = V < 4 ? Way::kEarly : Way::kHeld;  // more would not fit the registers
       const bool early = plan.launch.block.x == 32 && p.same;
-      return launch(early ? norm_fwd_kernel<T, V, kRms, kEarly> : norm_fwd_kernel<T, V, kRms, false>, plan.launch,
+      return launch(early ? norm_fwd_kernel<T, V, kRms, kEarly> : norm_fwd_kernel<T, V, kRms, Way::kHeld>, plan.launch,
                     stream, p);
     });
   }
+  if (const Launch twice = plan_twice(p.rows, vectors); whole && p.same && twice.grid.x > 0)
+    return launch(norm_fwd_kernel<T, kTwiceVectors, kRms, Way::kTwice>, twice, stream, p);
   StreamPlan plan;
   // Layer norm is short of issue slots, so smaller blocks, two or more to a multiprocessor, leave fewer of them idle.
   const bool small = !kRms && vectors <= kMaxCluster * kStreamVectors * kStreamThreads / 2;

@@ -92,69 +92,81 @@ Tensor softmax_bwd(const Tensor& dy, const Tensor& y) {
   return dx;
 }
 
+// What every norm begins with: its rows, whose dtype the result has.
+struct NormRows {
+  const Argument arg;
+  const DType dtype;
+  const Rows rows;
+  const Device device;
+
+  NormRows(const char* op, const Tensor& x)
+      : arg{op, "x", x}, dtype(check_floats(arg)), rows(rows_of(arg)), device(arg) {}
+
+  cuda::Param parameter(const char* name, const Optional& p) const {
+    return llmfast::parameter(device, {arg.op, name, p.tensor}, rows.cols);
+  }
+};
+
 std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& x, const Optional& weight, const Optional& bias,
                                                   double eps) {
-  const char* op = "layer_norm_fwd";
-  const Argument arg{op, "x", x};
-  const auto dtype = check_floats(arg);
-  const Rows rows = rows_of(arg);
-  const Device device(arg);
-  const cuda::Param w = parameter(device, {op, "weight", weight.tensor}, rows.cols);
-  const cuda::Param b = parameter(device, {op, "bias", bias.tensor}, rows.cols);
-  Tensor y = empty_like(x), mean = empty_float32({rows.rows}, x), rstd = empty_float32({rows.rows}, x);
-  device.check(cuda::layer_norm_fwd(rows.data, w, b, y.data(), mean.data<float>(), rstd.data<float>(), rows.rows,
-                                    rows.cols, rows.stride, float(eps), kernel_dtype(dtype), device.stream()));
+  const NormRows in("layer_norm_fwd", x);
+  const cuda::Param w = in.parameter("weight", weight), b = in.parameter("bias", bias);
+  const Rows& xs = in.rows;
+  Tensor y = empty_like(x), mean = empty_float32({xs.rows}, x), rstd = empty_float32({xs.rows}, x);
+  in.device.check(cuda::layer_norm_fwd(xs.data, w, b, y.data(), mean.data<float>(), rstd.data<float>(), xs.rows,
+                                       xs.cols, xs.stride, float(eps), kernel_dtype(in.dtype), in.device.stream()));
   return {std::move(y), std::move(mean), std::move(rstd)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy, const Tensor& x, const Optional& weight,
-                                                  const Tensor& mean, const Tensor& rstd) {
-  const char* op = "layer_norm_bwd";
-  const Argument arg{op, "x", x};
-  const auto dtype = check_floats(arg);
-  const Rows xs = rows_of(arg);
-  const Device device(arg);
-  const Rows dys = rows_like(device, {op, "dy", dy}, arg, dtype);
-  const cuda::Param w = parameter(device, {op, "weight", weight.tensor}, xs.cols);
-  const float* means = statistic(device, {op, "mean", mean}, xs.rows);
-  const float* rstds = statistic(device, {op, "rstd", rstd}, xs.rows);
-  const int64_t partials = cuda::norm_bwd_partials(xs.rows, xs.cols, device.multiprocessors());
-  Tensor dx = empty_like(x), dw = empty_float32({xs.cols}, x), db = empty_float32({xs.cols}, x);
-  Tensor workspace = empty_float32({2 * partials, xs.cols}, x);
-  device.check(cuda::layer_norm_bwd(dys.data, xs.data, w, means, rstds, dx.data(), dw.data<float>(), db.data<float>(),
-                                    workspace.data<float>(), partials, xs.rows, xs.cols, dys.stride, xs.stride,
-                                    kernel_dtype(dtype), device.stream()));
-  return {std::move(dx), std::move(dw), std::move(db)};
-}
-
 std::tuple<Tensor, Tensor> rms_norm_fwd(const Tensor& x, const Optional& weight, double eps) {
-  const char* op = "rms_norm_fwd";
-  const Argument arg{op, "x", x};
-  const auto dtype = check_floats(arg);
-  const Rows rows = rows_of(arg);
-  const Device device(arg);
-  const cuda::Param w = parameter(device, {op, "weight", weight.tensor}, rows.cols);
-  Tensor y = empty_like(x), rstd = empty_float32({rows.rows}, x);
-  device.check(cuda::rms_norm_fwd(rows.data, w, y.data(), rstd.data<float>(), rows.rows, rows.cols, rows.stride,
-                                  float(eps), kernel_dtype(dtype), device.stream()));
+  const NormRows in("rms_norm_fwd", x);
+  const cuda::Param w = in.parameter("weight", weight);
+  const Rows& xs = in.rows;
+  Tensor y = empty_like(x), rstd = empty_float32({xs.rows}, x);
+  in.device.check(cuda::rms_norm_fwd(xs.data, w, y.data(), rstd.data<float>(), xs.rows, xs.cols, xs.stride, float(eps),
+                                     kernel_dtype(in.dtype), in.device.stream()));
   return {std::move(y), std::move(rstd)};
 }
 
+// And what the backward adds, with its results: `parameters` of them have gradients.
+struct NormBackward : NormRows {
+  const Rows dys;
+  const cuda::Param w;
+  const float* const rstds;
+  const int64_t partials;
+  Tensor dx, dw, workspace;
+
+  NormBackward(const char* op, const Tensor& dy, const Tensor& x, const Optional& weight, const Tensor& rstd,
+               int parameters)
+      : NormRows(op, x),
+        dys(rows_like(device, {op, "dy", dy}, arg, dtype)),
+        w(parameter("weight", weight)),
+        rstds(statistic(device, {op, "rstd", rstd}, rows.rows)),
+        partials(cuda::norm_bwd_partials(rows.rows, rows.cols, device.multiprocessors())),
+        dx(empty_like(x)),
+        dw(empty_float32({rows.cols}, x)),
+        workspace(empty_float32({parameters * partials, rows.cols}, x)) {}
+};
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy, const Tensor& x, const Optional& weight,
+                                                  const Tensor& mean, const Tensor& rstd) {
+  NormBackward in("layer_norm_bwd", dy, x, weight, rstd, 2);
+  const Rows& xs = in.rows;
+  const float* means = statistic(in.device, {in.arg.op, "mean", mean}, xs.rows);
+  Tensor db = empty_float32({xs.cols}, x);
+  in.device.check(cuda::layer_norm_bwd(in.dys.data, xs.data, in.w, means, in.rstds, in.dx.data(), in.dw.data<float>(),
+                                       db.data<float>(), in.workspace.data<float>(), in.partials, xs.rows, xs.cols,
+                                       in.dys.stride, xs.stride, kernel_dtype(in.dtype), in.device.stream()));
+  return {std::move(in.dx), std::move(in.dw), std::move(db)};
+}
+
 std::tuple<Tensor, Tensor> rms_norm_bwd(const Tensor& dy, const Tensor& x, const Optional& weight, const Tensor& rstd) {
-  const char* op = "rms_norm_bwd";
-  const Argument arg{op, "x", x};
-  const auto dtype = check_floats(arg);
-  const Rows xs = rows_of(arg);
-  const Device device(arg);
-  const Rows dys = rows_like(device, {op, "dy", dy}, arg, dtype);
-  const cuda::Param w = parameter(device, {op, "weight", weight.tensor}, xs.cols);
-  const float* rstds = statistic(device, {op, "rstd", rstd}, xs.rows);
-  const int64_t partials = cuda::norm_bwd_partials(xs.rows, xs.cols, device.multiprocessors());
-  Tensor dx = empty_like(x), dw = empty_float32({xs.cols}, x), workspace = empty_float32({partials, xs.cols}, x);
-  device.check(cuda::rms_norm_bwd(dys.data, xs.data, w, rstds, dx.data(), dw.data<float>(), workspace.data<float>(),
-                                  partials, xs.rows, xs.cols, dys.stride, xs.stride, kernel_dtype(dtype),
-                                  device.stream()));
-  return {std::move(dx), std::move(dw)};
+  NormBackward in("rms_norm_bwd", dy, x, weight, rstd, 1);
+  const Rows& xs = in.rows;
+  in.device.check(cuda::rms_norm_bwd(in.dys.data, xs.data, in.w, in.rstds, in.dx.data(), in.dw.data<float>(),
+                                     in.workspace.data<float>(), in.partials, xs.rows, xs.cols, in.dys.stride,
+                                     xs.stride, kernel_dtype(in.dtype), in.device.stream()));
+  return {std::move(in.dx), std::move(in.dw)};
 }
 
 Tensor bias_gelu_fwd(const Tensor& x, const Optional& bias, bool tanh) {

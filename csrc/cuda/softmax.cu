@@ -7,8 +7,8 @@
 namespace llmfast::cuda {
 namespace {
 
-constexpr int kStreamVectors = 4;  // of each input a thread, see RowStream
-constexpr int kForwardThreads = 1024, kBackwardThreads = 512;
+constexpr int kStreamVectors = 4;  // of each input a thread of the backward, see RowStream
+constexpr int kClusterVectors = 8, kClusterThreads = 512, kBackwardThreads = 512;
 
 // What the backward sums: over the elements of one vector that are of the row.
 template <class T, bool kRagged>
@@ -45,8 +45,9 @@ __device__ inline uint4 disguised(const uint4& v) {
   return {v.x ^ zero, v.y ^ zero, v.z ^ zero, v.w ^ zero};
 }
 
-template <class T, int V, bool kRagged>
-__global__ void __launch_bounds__(kMaxDirectThreads, 2)
+// kTwice: the row is read again, rather than held.
+template <class T, int V, bool kRagged, bool kTwice>
+__global__ void __launch_bounds__(kTwice ? kMaxTwiceThreads : kMaxDirectThreads, 2)
     softmax_fwd_kernel(const T* x, T* y, int rows, int cols, int64_t x_stride) {
   constexpr int n = kPerVector<T>;
   const int64_t row = direct_row();
@@ -66,17 +67,19 @@ __global__ void __launch_bounds__(kMaxDirectThreads, 2)
   total.add(raw);
   total.reduce();
   if (blockDim.x > 32)
-    total = Running<T>::template combine<kMaxDirectWarps>(exchange_parts(total.part()), blockDim.x / 32);
+    total = Running<T>::template combine<kTwice ? 32 : kMaxDirectWarps>(exchange_parts(total.part()), blockDim.x / 32);
   const Normalizer<T> normalized(total);
-  keep_packed(raw);
+  if (!kTwice) keep_packed(raw);
 #pragma unroll
   for (int i = 0; i < V; ++i) {
     const int v = threadIdx.x + i * blockDim.x;
-    float e[n];
-    unpack<T>(raw[i], e);
+    if (v < cover.vectors) {
+      float e[n];
+      unpack<T>(kTwice ? load_row<true>(cover.at(x, v)) : raw[i], e);
 #pragma unroll
-    for (int j = 0; j < n; ++j) e[j] = normalized(e[j]);
-    if (v < cover.vectors) cover.store(y, v, e);
+      for (int j = 0; j < n; ++j) e[j] = normalized(e[j]);
+      cover.store(y, v, e);
+    }
   }
 }
 
@@ -114,50 +117,53 @@ __global__ void __launch_bounds__(1024)
   }
 }
 
-// Rows over clusters, see RowStream.
+// A longer row, one to a cluster, in slices that its blocks hold in shared memory: bytes in flight cost no registers
+// there, and the several blocks of a multiprocessor load while one waits for the sums of its cluster.
 template <class T, bool kRagged>
-__global__ void __launch_bounds__(kForwardThreads, 1)
-    softmax_fwd_stream_kernel(const T* x_rows, T* y_rows, int64_t x_stride, StreamShape shape) {
+__global__ void __launch_bounds__(kClusterThreads, 2)
+    softmax_fwd_cluster_kernel(const T* x, T* y, int cols, int64_t x_stride, int per_block) {
   extern __shared__ uint4 shared[];
-  constexpr int n = kPerVector<T>, V = kStreamVectors;
-  ClusterExchange exchange(shared, shape.cluster);
-  RowStream<T, V, 1, kRagged> stream(shape, shared + exchange_bytes(blockDim.x, shape.cluster) / 16, {x_rows},
-                                     {x_stride});
+  constexpr int n = kPerVector<T>, V = kClusterVectors;
+  ClusterExchange exchange(shared, kMaxCluster);
+  uint4* slots = shared + exchange_bytes(blockDim.x, kMaxCluster) / 16 + threadIdx.x;
+  const int64_t row = blockIdx.x / kMaxCluster;
+  x += row * x_stride;
+  y += row * cols;
+  const Cover<T, kRagged> cover(x, cols);
+  const int first = exchange.rank * per_block + threadIdx.x;
+  const int stop = min(cover.vectors, (exchange.rank + 1) * per_block);
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    const int v = first + i * blockDim.x;
+    if (v < stop) copy_async(shared_address(slots + i * blockDim.x), cover.at(x, v));
+  }
   exchange.start();
-  stream.walk(
-      [&](int stage, int row) {
-        const Cover<T, kRagged> cover(x_rows + row * x_stride, shape.cols);
-        const int stop = stream.end(cover.vectors);
-        uint4 raw[V];
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  uint4 raw[V];
 #pragma unroll
-        for (int i = 0; i < V; ++i) {
-          const int v = stream.vector_index(i);
-          raw[i] = v < stop ? cover.masked(v, *stream.slot(stage, 0, i)) : minus_infinity<T>();
-        }
-        Running<T> total;
-        total.add(raw);
-        total.reduce();
-        exchange.post(total.part(), [](const float4* parts, int warps) {
-          return Running<T>::template combine<32>(parts, warps).part();
-        });
-      },
-      [&](int stage, int row) {
-        const Cover<T, kRagged> cover(x_rows + row * x_stride, shape.cols);
-        const int stop = stream.end(cover.vectors);
-        T* y = y_rows + static_cast<int64_t>(row) * shape.cols;
-        const Normalizer<T> normalized(Running<T>::template combine<kMaxCluster>(exchange.collect(), shape.cluster));
+  for (int i = 0; i < V; ++i) {
+    const int v = first + i * blockDim.x;
+    raw[i] = v < stop ? cover.masked(v, slots[i * blockDim.x]) : minus_infinity<T>();
+  }
+  Running<T> total;
+  total.add(raw);
+  total.reduce();
+  exchange.post(total.part(),
+                [](const float4* parts, int warps) { return Running<T>::template combine<32>(parts, warps).part(); });
+  const Normalizer<T> normalized(Running<T>::template combine<kMaxCluster>(exchange.collect(), kMaxCluster));
 #pragma unroll
-        for (int i = 0; i < V; ++i) {
-          if (stream.vector_index(i) >= stop) break;
-          float e[n];
-          unpack<T>(*stream.slot(stage, 0, i), e);
+  for (int i = 0; i < V; ++i) {
+    const int v = first + i * blockDim.x;
+    if (v >= stop) break;
+    float e[n];
+    unpack<T>(slots[i * blockDim.x], e);
 #pragma unroll
-          for (int j = 0; j < n; ++j) e[j] = normalized(e[j]);
-          cover.store(y, stream.vector_index(i), e);
-        }
-      });
+    for (int j = 0; j < n; ++j) e[j] = normalized(e[j]);
+    cover.store(y, v, e);
+  }
 }
 
+// Rows over clusters, see RowStream.
 template <class T, bool kRagged>
 __global__ void __launch_bounds__(kBackwardThreads, 1)
     softmax_bwd_stream_kernel(const T* dy_rows, const T* y_rows, T* dx_rows, int64_t dy_stride, int64_t y_stride,
@@ -293,6 +299,19 @@ DirectPlan plan_backward(int64_t rows, int64_t vectors, bool ragged) {
   return plan;
 }
 
+// The launch of softmax_fwd_cluster_kernel, and the slice of a block; 0 where the rows do not fit.
+Launch plan_cluster(const Device& device, int64_t rows, int64_t vectors, int* per_block) {
+  Launch l;
+  const int64_t slice = ceil_div(vectors, kMaxCluster);
+  const bool fits = device.major >= 9 && slice <= kClusterVectors * kClusterThreads && rows <= INT32_MAX / kMaxCluster;
+  *per_block = fits ? static_cast<int>(slice) : 0;
+  l.cluster = kMaxCluster;
+  l.grid = dim3(static_cast<unsigned>(rows * kMaxCluster));
+  l.block = dim3(static_cast<unsigned>(ceil_div(slice, 32 * kClusterVectors) * 32));
+  l.smem = exchange_bytes(l.block.x, kMaxCluster) + size_t{16} * kClusterVectors * l.block.x;
+  return l;
+}
+
 }  // namespace
 
 int softmax_fwd(const void* x, void* y, int64_t rows, int64_t cols, int64_t x_stride, DType dtype, void* stream) {
@@ -305,22 +324,28 @@ int softmax_fwd(const void* x, void* y, int64_t rows, int64_t cols, int64_t x_st
     T* out = static_cast<T*>(y);
     const Layout layout = row_layout<T>(rows, cols, x, x_stride, x, x_stride, y);
     const DirectPlan direct = plan_direct(rows, layout.vectors, layout.ragged);
+    const int n_rows = static_cast<int>(rows), n_cols = static_cast<int>(cols);
+    const auto go = [&](auto kernel, const Launch& l) {
+      return launch(kernel, l, stream, in, out, n_rows, n_cols, x_stride);
+    };
     if (direct.vectors_per_thread > 0) {
-      const auto go = [&](auto kernel) {
-        return launch(kernel, direct.launch, stream, in, out, static_cast<int>(rows), static_cast<int>(cols), x_stride);
-      };
-      if (layout.ragged) return go(softmax_fwd_kernel<T, 4, true>);
-      return dispatch_vectors(direct.vectors_per_thread,
-                              [&](auto v) { return go(softmax_fwd_kernel<T, decltype(v)::value, false>); });
+      if (layout.ragged) return go(softmax_fwd_kernel<T, 4, true, false>, direct.launch);
+      return dispatch_vectors(direct.vectors_per_thread, [&](auto v) {
+        return go(softmax_fwd_kernel<T, decltype(v)::value, false, false>, direct.launch);
+      });
     }
-    StreamPlan plan = plan_stream(device, {rows, cols, layout.vectors, 1, kStreamVectors, kForwardThreads, 0});
-    if (plan.shape.cluster == 0) {
+    if (const Launch twice = plan_twice(rows, layout.vectors); !layout.ragged && twice.grid.x > 0)
+      return go(softmax_fwd_kernel<T, kTwiceVectors, false, true>, twice);
+    int per_block = 0;
+    const Launch cluster = plan_cluster(device, rows, layout.vectors, &per_block);
+    if (per_block == 0) {
       const LoopPlan loop = plan_loop(rows, cols);
       return launch(softmax_fwd_loop_kernel<T>, loop.launch, stream, in, out, rows, cols, x_stride, loop.row_per_warp);
     }
-    const auto kernel = layout.ragged ? softmax_fwd_stream_kernel<T, true> : softmax_fwd_stream_kernel<T, false>;
-    if (int e = fill_stream_grid(reinterpret_cast<const void*>(kernel), device, &plan)) return e;
-    return launch(kernel, plan.launch, stream, in, out, x_stride, plan.shape);
+    const auto kernel = layout.ragged ? softmax_fwd_cluster_kernel<T, true> : softmax_fwd_cluster_kernel<T, false>;
+    int at_once = 0;  // asked for the shared memory that this allows the kernel
+    if (int e = resident(reinterpret_cast<const void*>(kernel), device, cluster, &at_once)) return e;
+    return launch(kernel, cluster, stream, in, out, n_cols, x_stride, per_block);
   });
 }
 

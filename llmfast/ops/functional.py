@@ -221,7 +221,10 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     how = "chosen by auto" if asked == registry.AUTO else f"chosen, as {asked} is asked for"
     lines = []
     for name, reason in registry.reasons(op, full).items():
-        lines.append(f"{op}: {name}: {reason or ('can run' if name != chosen else how)}")
+        for direction, taken in zip(("forward", "backward"), chosen, strict=True):
+            if name == taken:
+                reason = how if chosen == (name, name) else f"{how} for the {direction} pass"
+        lines.append(f"{op}: {name}: {reason or 'can run'}")
     return "\n".join(lines)
 
 

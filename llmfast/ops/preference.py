@@ -1,13 +1,39 @@
-"""Which backend was measured fastest on a GPU, by op and row length; made by benchmarks/prefer.py."""
+"""Which backend was measured fastest on a GPU, by op, direction and row length: benchmarks/prefer.py wrote it."""
 
-# Op -> (longest row, backend), in order of length; the last one holds for longer rows too.
-PREFERRED: dict[str, tuple[tuple[int, str], ...]] = {
-    "add_layer_norm": ((32768, "triton"),),
-    "add_rms_norm": ((32768, "triton"),),
-    "bias_gelu": ((8192, "cuda"),),
-    "cross_entropy": ((131072, "cuda"),),
-    "gelu": ((4096, "cuda"),),
-    "layer_norm": ((8192, "triton"), (131072, "cuda")),
-    "rms_norm": ((8192, "triton"), (131072, "cuda")),
-    "softmax": ((1024, "triton"), (131072, "cuda")),
+from typing import Literal
+
+# Op -> direction -> (longest row, backend), in order of length; the last one holds for longer rows too.
+PREFERRED: dict[str, dict[Literal["fwd", "bwd"], tuple[tuple[int, str], ...]]] = {
+    "add_layer_norm": {
+        "fwd": ((32768, "triton"),),
+        "bwd": ((32768, "triton"),),
+    },
+    "add_rms_norm": {
+        "fwd": ((32768, "triton"),),
+        "bwd": ((32768, "triton"),),
+    },
+    "bias_gelu": {
+        "fwd": ((8192, "cuda"),),
+        "bwd": ((8192, "cuda"),),
+    },
+    "cross_entropy": {
+        "fwd": ((4096, "cuda"), (131072, "triton")),
+        "bwd": ((131072, "cuda"),),
+    },
+    "gelu": {
+        "fwd": ((4096, "cuda"),),
+        "bwd": ((4096, "cuda"),),
+    },
+    "layer_norm": {
+        "fwd": ((32768, "triton"), (131072, "cuda")),
+        "bwd": ((8192, "triton"), (131072, "cuda")),
+    },
+    "rms_norm": {
+        "fwd": ((32768, "triton"), (131072, "cuda")),
+        "bwd": ((8192, "triton"), (131072, "cuda")),
+    },
+    "softmax": {
+        "fwd": ((131072, "cuda"),),
+        "bwd": ((8192, "triton"), (131072, "cuda")),
+    },
 }

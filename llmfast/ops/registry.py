@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from .preference import PREFERRED
 
 REFERENCE = "reference"
 AUTO = "auto"
+Direction = Literal["fwd", "bwd"]
 
 
 @dataclass(frozen=True, eq=False)  # a row equals itself alone, which makes it a cheap key of the caches below
@@ -31,7 +32,8 @@ class Backend:
     """One implementation of one op.
 
     `module` is imported on first use and supplies `<op>_fwd` and `<op>_bwd` (tensors in, tensors out) and, where it has
-    limits beyond device and dtype, `<op>_limits(*args) -> str | None`, the reason why it cannot run a call.
+    limits beyond device and dtype, `<op>_limits(*args) -> str | None`, the reason why it cannot run a call. What an
+    op's forward saves for its backward is the same for all backends of a device, so that auto may mix them.
     """
 
     name: str
@@ -50,7 +52,7 @@ def _triton(module: str) -> Backend:
 _CPP = Backend("cpp", "llmfast.native.cpp", frozenset({"cpu"}), frozenset({torch.float32, torch.bfloat16}))
 _CUDA = Backend("cuda", "llmfast.native.cuda", frozenset({"cuda"}), _HALF_AND_FLOAT)
 
-# Backends of each op besides the reference; auto tries them in this order, but those of `preference` first.
+# Backends of each op besides the reference; auto tries them in this order, but that of `preference` first.
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "softmax": (_triton("softmax"), _CUDA, _CPP),
     "layer_norm": (_triton("norm"), _CUDA, _CPP),
@@ -141,7 +143,9 @@ def _first(args: tuple[Any, ...]) -> Tensor:
     return args[0] if isinstance(args[0], Tensor) else args[0][0]
 
 
-def _why_not(op: str, row: Backend, args: tuple[Any, ...]) -> str | None:
+def _why_not(op: str, row: Backend, args: tuple[Any, ...], traced: bool = False) -> str | None:
+    if traced and row.name == "triton":
+        return "is not traced by torch.compile"
     x = _first(args)
     device = x.device.type
     interpreted = row.name == "triton" and device == "cpu" and environment.triton_interpreted()
@@ -162,22 +166,44 @@ def _warn_once(op: str, reasons: str) -> None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _in_order(op: str, rows: tuple[Backend, ...], device: str, length: int) -> list[Backend]:
+def _in_order(op: str, direction: Direction, rows: tuple[Backend, ...], device: str, length: int) -> list[Backend]:
     """The `rows` that auto tries on `device`: the one measured fastest for rows of this length first."""
     here = [row for row in rows if device in row.devices]  # so it never takes the interpreter
     if len(here) > 1 and op in PREFERRED:
-        best = next((name for limit, name in PREFERRED[op] if length <= limit), PREFERRED[op][-1][1])
+        classes = PREFERRED[op][direction]
+        best = next((name for limit, name in classes if length <= limit), classes[-1][1])
         here.sort(key=lambda row: row.name != best)
     return here
 
 
-def _tried(op: str, args: tuple[Any, ...]) -> list[Backend]:
+def _tried(op: str, direction: Direction, args: tuple[Any, ...]) -> list[Backend]:
     x = _first(args)
-    return _in_order(op, BACKENDS[op], x.device.type, x.shape[-1] if x.dim() else 1)
+    return _in_order(op, direction, BACKENDS[op], x.device.type, x.shape[-1] if x.dim() else 1)
+
+
+@functools.cache
+def _kernels(op: str, forward: Backend, backward: Backend) -> ModuleType:
+    """One backend's module, or the forward of one with the backward of the other."""
+    ahead, back = _load(forward.module), _load(backward.module)
+    assert not isinstance(ahead, str) and not isinstance(back, str)  # or _why_not had said so
+    if ahead is back:
+        return ahead
+    mixed = ModuleType(f"{ahead.__name__}+{back.__name__}")
+    setattr(mixed, f"{op}_fwd", getattr(ahead, f"{op}_fwd"))
+    setattr(mixed, f"{op}_bwd", getattr(back, f"{op}_bwd"))
+    return mixed
+
+
+def _backward_of(op: str, forward: Backend, args: tuple[Any, ...], traced: bool) -> Backend:
+    """The backend that auto takes the backward from; a backend that can run a call can run it both ways."""
+    if not torch.is_grad_enabled():
+        return forward
+    rows = _tried(op, "bwd", args)
+    return next(row for row in rows if row is forward or _why_not(op, row, args, traced) is None)
 
 
 def choose(op: str, requested: str | None, args: tuple[Any, ...], *, traced: bool = False) -> ModuleType | None:
-    """The module whose `<op>_fwd`/`<op>_bwd` run this call; None means the reference.
+    """What holds the `<op>_fwd` and `<op>_bwd` that run this call; None means the reference.
 
     `traced`: by torch.compile, with tensors that hold no data, on which Triton's launchers cannot be called.
 
@@ -187,16 +213,14 @@ def choose(op: str, requested: str | None, args: tuple[Any, ...], *, traced: boo
     name = current_backend() if requested is None else _check_name(requested, "backend=")
     if name == REFERENCE:
         return None
-    rows = _tried(op, args) if name == AUTO else [row for row in BACKENDS[op] if row.name == name]
+    rows = _tried(op, "fwd", args) if name == AUTO else [row for row in BACKENDS[op] if row.name == name]
     if requested is not None and name != AUTO and not rows:
         raise BackendError(f"{op}: there is no {name} backend for it; use backend='auto'")
     reasons = []
     for row in rows:
-        reason = "is not traced by torch.compile" if traced and row.name == "triton" else _why_not(op, row, args)
+        reason = _why_not(op, row, args, traced)
         if reason is None:
-            module = _load(row.module)
-            assert not isinstance(module, str)  # or _why_not had said so
-            return module
+            return _kernels(op, row, _backward_of(op, row, args, traced) if name == AUTO else row)
         reasons.append(f"{row.name} {reason}")
     if not reasons:
         return None
@@ -208,12 +232,16 @@ def choose(op: str, requested: str | None, args: tuple[Any, ...], *, traced: boo
     return None
 
 
-def chosen(op: str, args: tuple[Any, ...]) -> str:
-    """The name of the backend that a call without `backend=` asks for here and now."""
+def chosen(op: str, args: tuple[Any, ...]) -> tuple[str, str]:
+    """The names of the backends whose forward and backward a call without `backend=` asks for here and now."""
     name = current_backend()
     if name != AUTO:
-        return name if name in {row.name for row in BACKENDS[op]} else REFERENCE
-    return next((row.name for row in _tried(op, args) if _why_not(op, row, args) is None), REFERENCE)
+        name = name if name in {row.name for row in BACKENDS[op]} else REFERENCE
+        return name, name
+    for row in _tried(op, "fwd", args):
+        if _why_not(op, row, args) is None:
+            return row.name, _backward_of(op, row, args, False).name
+    return REFERENCE, REFERENCE
 
 
 def reasons(op: str, args: tuple[Any, ...]) -> dict[str, str | None]:

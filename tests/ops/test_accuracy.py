@@ -1,12 +1,15 @@
 """Every backend of every op against the float64 truth, forward and gradients, over the shared table of cases."""
 
 import importlib
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from llmfast import ops
+from llmfast.ops import registry
 from llmfast.ops.registry import BACKENDS, REFERENCE
 from llmfast.testing.accuracy import compare, outputs, upstream
 from llmfast.testing.cases import (
@@ -88,6 +91,28 @@ EACH = pytest.mark.parametrize(
     ("case", "backend"),
     [pytest.param(c, b, id=f"{c.op}-{c.label.replace(' ', '-')}-{b}") for c in ORDINARY for b in backends(c)],
 )
+
+
+@pytest.mark.parametrize("forward", [True, False], ids=["forward", "backward"])
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [
+        pytest.param(c, b, id=f"{c.op}-{c.label.replace(' ', '-')}-{b}")
+        for c in ORDINARY
+        for b in ("cpp", "cuda")
+        if {b, "triton"} <= set(backends(c))
+    ],
+)
+def test_passes_of_two_backends(
+    case: Case, backend: str, forward: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one saves, another's backward can use: a native library's forward with Triton's backward, and vice versa."""
+    rows = [next(row for row in BACKENDS[case.op] if row.name == name) for name in (backend, "triton")]
+    mixed = registry._kernels(case.op, *(rows if forward else reversed(rows)))
+    name = f"{case.op} of {mixed.__name__}"  # one of its own: the registry keeps what it has imported
+    monkeypatch.setitem(sys.modules, name, mixed)
+    monkeypatch.setitem(BACKENDS, case.op, (replace(rows[0], module=name),))
+    check(case, make_inputs(case, device, torch.float32), backend)
 
 
 @EACH
