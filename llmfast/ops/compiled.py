@@ -1,9 +1,15 @@
-"""How torch.compile sees an op: as one call that it does not look into, so that no choice of backend breaks its graph.
+"""How torch.compile sees an op: as calls that it does not look into, so that no choice of backend breaks its graph.
 
-The choice is made while the graph is traced, and stays. Importing this module imports torch's compiler, which takes a
-second: `functional` does so only once a compiler is tracing it.
+The choice is made while the graph is traced, and stays. Native ops are torch's already; Triton's launchers become so
+here. Importing this module imports torch's compiler, which takes a second: `functional` does so only once a compiler
+is tracing it.
 """
 
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,8 +17,119 @@ from torch import Tensor
 
 from . import autograd, registry
 
+NAMESPACE = "llmfast_triton"
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    bool: "bool",
+    int: "int",
+    int | None: "int?",
+    float: "float",
+    str: "str",
+    tuple[bool, bool, bool]: "bool[3]",
+}
+
 
 @torch.compiler.allow_in_graph
-def run(op: str, backend: str | None, *args: Any) -> Tensor:
+def run(op: str, backend: str | None, *args: Any) -> Any:
     """The op by the backend chosen now; the compiler follows its tensors alone."""
-    return autograd.apply(op, registry.choose(op, backend, args, traced=True), args)
+    kernels = registry.choose(op, backend, args)
+    return autograd.apply(op, kernels and _traceable(op, kernels), args)
+
+
+@functools.cache
+def _traceable(op: str, kernels: ModuleType) -> ModuleType:
+    """The op's functions of `kernels`, those that launch Triton kernels as ops of torch's."""
+    module = ModuleType(kernels.__name__)
+    for name, function in vars(kernels).items():
+        if name.startswith(f"{op}_"):
+            setattr(module, name, _as_torch_op(function) if name in _RESULTS and _is_triton(function) else function)
+    return module
+
+
+def _is_triton(function: Any) -> bool:
+    return function.__module__.startswith("llmfast.kernels.")
+
+
+@functools.cache
+def _as_torch_op(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.ops.llmfast_triton.<name>, called and answering as `function` does.
+
+    An op gives the same number of tensors always, so a result that is None travels as an empty one of booleans.
+    """
+    name = function.__name__
+
+    def pack(results: Any) -> list[Tensor]:
+        many = results if isinstance(results, tuple) else (results,)
+        return [many[0].new_empty(0, dtype=torch.bool) if r is None else r for r in many]
+
+    parameters = inspect.signature(function, eval_str=True).parameters.values()
+    schema = ", ".join(f"{_SCHEMA_TYPES[p.annotation]} {p.name}" for p in parameters)
+    torch.library.define(f"{NAMESPACE}::{name}", f"({schema}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(f"{NAMESPACE}::{name}", ("cpu", "cuda"), lambda *args: pack(function(*args)))
+    torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args: pack(_RESULTS[name](*args)))
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def call(*args: Any) -> Any:
+        results = [None if r.dtype == torch.bool else r for r in op(*args)]
+        return results[0] if len(results) == 1 else tuple(results)
+
+    return call
+
+
+def _like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _float(x: Tensor, *shape: Any) -> Tensor:
+    return x.new_empty(shape, dtype=torch.float32)
+
+
+def _per_row(x: Tensor) -> Tensor:
+    return _float(x, math.prod(x.shape[:-1]))
+
+
+def _sums(x: Tensor, *wanted: bool) -> tuple[Tensor | None, ...]:
+    """The gradients of vectors as long as a row."""
+    return tuple(_float(x, x.shape[-1]) if w else None for w in wanted)
+
+
+# What every launcher gives: tensors of the right shapes and dtypes.
+_RESULTS: dict[str, Callable[..., Any]] = {
+    "softmax_fwd": lambda x, mask, causal: _like(x),
+    "softmax_bwd": lambda dy, y: _like(y),
+    "layer_norm_fwd": lambda x, *_: (_like(x), _per_row(x), _per_row(x)),
+    "layer_norm_bwd": lambda dy, x, w, mean, rstd, has_bias: (_like(x), *_sums(x, w is not None, has_bias)),
+    "rms_norm_fwd": lambda x, *_: (_like(x), _per_row(x)),
+    "rms_norm_bwd": lambda dy, x, w, *_: (_like(x), *_sums(x, w is not None)),
+    "add_layer_norm_fwd": lambda x, *_: (_like(x), _like(x), _per_row(x), _per_row(x)),
+    "add_layer_norm_bwd": lambda dy, dt, x, w, mean, rstd, has_bias: (_like(x), *_sums(x, w is not None, has_bias)),
+    "add_rms_norm_fwd": lambda x, *_: (_like(x), _like(x), _per_row(x)),
+    "add_rms_norm_bwd": lambda dy, dt, x, w, *_: (_like(x), *_sums(x, w is not None)),
+    "gelu_fwd": lambda x, *_: _like(x),
+    "gelu_bwd": lambda dy, x, *_: _like(x),
+    "bias_gelu_fwd": lambda x, *_: _like(x),
+    "bias_gelu_bwd": lambda dy, x, bias, *_: (_like(x), *_sums(x, bias is not None)),
+    "swiglu_fwd": lambda gate, up: _like(gate),
+    "swiglu_bwd": lambda dy, gate, up: (_like(gate), _like(up)),
+    "geglu_fwd": lambda gate, *_: _like(gate),
+    "geglu_bwd": lambda dy, gate, up, *_: (_like(gate), _like(up)),
+    "rope_fwd": lambda x, *_: _like(x),
+    "rope_bwd": lambda dy, *_: _like(dy),
+    "cross_entropy_fwd": lambda logits, targets, ignore_index, smoothing, z_loss, reduction, *_: (
+        _float(logits, *targets.shape) if reduction == "none" else _float(logits),
+        _float(logits, 2, logits.shape[0]),
+        _float(logits),
+    ),
+    "cross_entropy_bwd": lambda grad, logits, *_: _like(logits),
+    "linear_cross_entropy_fwd": lambda x, *_: _float(x),
+    "linear_cross_entropy_gradients": lambda x, weight, targets, bias, *options: (
+        _float(x),
+        _like(x) if options[-1][0] else None,
+        _float(x, *weight.shape) if options[-1][1] else None,
+        _float(x, weight.shape[0]) if options[-1][2] else None,
+    ),
+    "embedding_bwd": lambda dy, weight, *_: _like(weight),
+    "attention_fwd": lambda q, *_: (_like(q), _float(q, 2, q.shape[0], q.shape[2], q.shape[1])),
+    "attention_bwd": lambda dout, q, k, v, *_: (_like(q), _like(k), _like(v)),
+}

@@ -146,6 +146,7 @@ def cross_entropy(
     backward pass writes the gradient over the logits, which nothing else may then need.
     """
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    in_place = in_place and not torch.compiler.is_compiling()  # a compiler plans memory itself
     options |= {"reduction": reduction, "n_classes": n_classes, "in_place": in_place}
     return _run("cross_entropy", backend, arguments.cross_entropy(logits, targets, **options))
 

@@ -143,9 +143,7 @@ def _first(args: tuple[Any, ...]) -> Tensor:
     return args[0] if isinstance(args[0], Tensor) else args[0][0]
 
 
-def _why_not(op: str, row: Backend, args: tuple[Any, ...], traced: bool = False) -> str | None:
-    if traced and row.name == "triton":
-        return "is not traced by torch.compile"
+def _why_not(op: str, row: Backend, args: tuple[Any, ...]) -> str | None:
     x = _first(args)
     device = x.device.type
     interpreted = row.name == "triton" and device == "cpu" and environment.triton_interpreted()
@@ -194,18 +192,16 @@ def _kernels(op: str, forward: Backend, backward: Backend) -> ModuleType:
     return mixed
 
 
-def _backward_of(op: str, forward: Backend, args: tuple[Any, ...], traced: bool) -> Backend:
+def _backward_of(op: str, forward: Backend, args: tuple[Any, ...]) -> Backend:
     """The backend that auto takes the backward from; a backend that can run a call can run it both ways."""
     if not torch.is_grad_enabled():
         return forward
     rows = _tried(op, "bwd", args)
-    return next(row for row in rows if row is forward or _why_not(op, row, args, traced) is None)
+    return next(row for row in rows if row is forward or _why_not(op, row, args) is None)
 
 
-def choose(op: str, requested: str | None, args: tuple[Any, ...], *, traced: bool = False) -> ModuleType | None:
+def choose(op: str, requested: str | None, args: tuple[Any, ...]) -> ModuleType | None:
     """What holds the `<op>_fwd` and `<op>_bwd` that run this call; None means the reference.
-
-    `traced`: by torch.compile, with tensors that hold no data, on which Triton's launchers cannot be called.
 
     Raises BackendError if an explicitly requested backend cannot run it. `use_backend` and `LLMFAST_BACKEND` speak of
     every op: one that has no backend of that name runs its reference.
@@ -218,9 +214,9 @@ def choose(op: str, requested: str | None, args: tuple[Any, ...], *, traced: boo
         raise BackendError(f"{op}: there is no {name} backend for it; use backend='auto'")
     reasons = []
     for row in rows:
-        reason = _why_not(op, row, args, traced)
+        reason = _why_not(op, row, args)
         if reason is None:
-            return _kernels(op, row, _backward_of(op, row, args, traced) if name == AUTO else row)
+            return _kernels(op, row, _backward_of(op, row, args) if name == AUTO else row)
         reasons.append(f"{row.name} {reason}")
     if not reasons:
         return None
@@ -240,7 +236,7 @@ def chosen(op: str, args: tuple[Any, ...]) -> tuple[str, str]:
         return name, name
     for row in _tried(op, "fwd", args):
         if _why_not(op, row, args) is None:
-            return row.name, _backward_of(op, row, args, False).name
+            return row.name, _backward_of(op, row, args).name
     return REFERENCE, REFERENCE
 
 

@@ -354,10 +354,11 @@ class EmbeddingCase(_Defaults):
 
 @functools.cache
 def _token_ids(tokens: int, rows: int, device: torch.device) -> Tensor:
-    """By Zipf's law, as words are: token k about 1 / k as often as the most frequent."""
-    shares = 1.0 / torch.arange(1, rows + 1, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    return torch.multinomial(shares, max(tokens, 1), replacement=True, generator=generator)[:tokens].to(device)
+    """By Zipf's law, as words are: token k about 1 / k as often as the most frequent. In the order of a sequence that
+    fills (0, 1) evenly, the multiples of the golden ratio."""
+    cumulative = (1.0 / torch.arange(1, rows + 1, dtype=torch.float64)).cumsum(0)
+    even = (torch.arange(1, tokens + 1, dtype=torch.float64) * (5**0.5 - 1) / 2) % 1.0
+    return torch.searchsorted(cumulative, even * cumulative[-1]).to(device)
 
 
 @dataclass(frozen=True)
