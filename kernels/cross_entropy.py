@@ -122,7 +122,8 @@ def cross_entropy_fwd(
     rows, targets = as_rows(logits), targets.contiguous()
     n_rows = rows.shape[0]
     losses, statistics = (torch.empty(s, dtype=torch.float32, device=logits.device) for s in ((n_rows,), (2, n_rows)))
-    loss, count = torch.zeros((2,), dtype=torch.float32, device=logits.device)
+    new = torch.empty if n_rows else torch.zeros
+    loss, count = (new((), dtype=torch.float32, device=logits.device) for _ in range(2))
     if n_rows > 0:
         block = min(MAX_BLOCK, max(128, triton.next_power_of_2(n_classes)))
         _cross_entropy_fwd_kernel[(n_rows,)](

@@ -180,8 +180,10 @@ def _norm_bwd_row_sums_kernel(
 
 
 @triton.jit
-def _sum_partials_kernel(Partials, Sums, n_partials, N, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
-    """Sums: (k, N), of Partials: (k, n_partials, N), k = program_id(1)."""
+def _sum_partials_kernel(
+    Partials, First, Second, n_partials, N, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
+):
+    """First, Second: (N,), the sums of Partials: (k, n_partials, N), k = 1 or 2 = num_programs(1)."""
     Partials += tl.program_id(1).to(tl.int64) * n_partials * N
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if EARLY:
@@ -191,7 +193,10 @@ def _sum_partials_kernel(Partials, Sums, n_partials, N, ROWS: tl.constexpr, BLOC
         row = start + tl.arange(0, ROWS)[:, None]
         inside = (row < n_partials) & (column[None, :] < N)
         total += tl.load(Partials + row * N + column[None, :], mask=inside, other=0.0)
-    tl.store(Sums + tl.program_id(1) * N + column, tl.sum(total, 0), mask=column < N)
+    if tl.program_id(1) == 0:
+        tl.store(First + column, tl.sum(total, 0), mask=column < N)
+    else:
+        tl.store(Second + column, tl.sum(total, 0), mask=column < N)
 
 
 def _forward_tile(n_cols: int, rms: bool, has_residual: bool) -> Tile:
@@ -231,7 +236,7 @@ def _forward(
     rows = as_rows(x)
     residual_rows = rows if residual is None else as_rows(residual)
     n_rows, n_cols = rows.shape
-    mean, rstd = torch.empty((2, n_rows), dtype=torch.float32, device=x.device)
+    mean, rstd = (torch.empty((n_rows,), dtype=torch.float32, device=x.device) for _ in range(2))
     if n_rows > 0:
         tile = _forward_tile(n_cols, rms, residual is not None)
         _norm_fwd_kernel[(triton.cdiv(n_rows, tile.rows),)](
@@ -253,7 +258,8 @@ def _backward(
     dtotal_rows = dy_rows if dtotal is None else as_rows(dtotal)
     n_rows, n_cols = x_rows.shape
     n_sums = (weight is not None) + has_bias
-    sums = (torch.empty if n_rows else torch.zeros)((n_sums, n_cols), dtype=torch.float32, device=x.device)
+    new = torch.empty if n_rows else torch.zeros
+    sums = [new((n_cols,), dtype=torch.float32, device=x.device) for _ in range(n_sums)]
     gradients = dx, sums[0] if weight is not None else None, sums[-1] if has_bias else None
     if n_rows == 0:
         return gradients
@@ -282,7 +288,16 @@ def _backward(
     if n_sums:
         early = architecture() >= 90  # launched before its predecessor has ended, which it then waits for
         _sum_partials_kernel[(triton.cdiv(n_cols, 16), n_sums)](
-            partials, sums, n_partials, n_cols, ROWS=512, BLOCK=16, EARLY=early, num_warps=8, launch_pdl=early
+            partials,
+            sums[0],
+            sums[-1],
+            n_partials,
+            n_cols,
+            ROWS=512,
+            BLOCK=16,
+            EARLY=early,
+            num_warps=8,
+            launch_pdl=early,
         )
     return gradients
 
