@@ -1,7 +1,8 @@
-"""Write llmfast/ops/preference.py, the order auto tries GPU backends in, from benchmarks/results/<gpu>/<op>.json.
+"""Write llmfast/ops/preference.py, the order auto tries GPU backends in, from the files in benchmarks/results/<gpu>/.
 
 For every op, direction and row length that was measured, the backend that takes least time; within 1 %, that of the
-next shorter rows. --check only says whether the file agrees.
+next shorter rows. For small arguments, whose kernels run no longer than it takes to launch them, the one whose calls
+take the caller least time (callers.json). --check only says whether the file agrees.
 """
 
 import argparse
@@ -23,6 +24,10 @@ from typing import Literal
 # Op -> direction -> (longest row, backend), in order of length; the last one holds for longer rows too.
 PREFERRED: dict[str, dict[Literal["fwd", "bwd"], tuple[tuple[int, str], ...]]] = {
 '''
+SMALL = """# Op -> backend for arguments of so few elements that launching takes longer than running.
+SMALL = 2**20
+PREFERRED_WHERE_SMALL: dict[str, str] = {
+"""
 TIE = 1.01
 
 
@@ -56,20 +61,32 @@ def classes(measured: list[tuple[int, str]]) -> list[tuple[int, str]]:
     return merged
 
 
+def quickest(calls: list[dict[str, Any]]) -> dict[str, str]:
+    """The backend of each op that takes its caller least time, forward and backward together."""
+    best: dict[str, dict[str, Any]] = {}
+    for call in calls:
+        if call["ours"] and call["training_us"]:
+            best[call["op"]] = min(best.get(call["op"], call), call, key=lambda c: c["training_us"])
+    return {op: call["provider"] for op, call in best.items()}
+
+
 def text() -> str:
     folder = ROOT / "benchmarks/results" / MEASURED_ON
-    lines = []
+    lines, ops = [], []
     for file in sorted(folder.glob("*.json")):
         rows = [r for r in json.loads(file.read_text()).get("rows", []) if r["ours"] and r["ms"]]
         if len({r["provider"] for r in rows}) < 2:  # nothing to choose between
             continue
+        ops.append(file.stem)
         lines.append(f'    "{file.stem}": {{\n')
         for direction in ("fwd", "bwd"):
             measured = classes(fastest([r for r in rows if r["direction"] == direction]))
             pairs = ", ".join(f'({limit}, "{backend}")' for limit, backend in measured)
             lines.append(f'        "{direction}": ({pairs}{"," if len(measured) == 1 else ""}),\n')
         lines.append("    },\n")
-    return HEAD + "".join(lines) + "}\n"
+    small = quickest(json.loads((folder / "callers.json").read_text())["calls"])
+    lines += ["}\n\n", SMALL, *(f'    "{op}": "{small[op]}",\n' for op in ops if op in small), "}\n"]
+    return HEAD + "".join(lines)
 
 
 def main() -> int:

@@ -75,6 +75,22 @@ def main_job(folders: list[Path]) -> list[str]:
     return [*lines, "", f"{made}.", ""]
 
 
+def fold(summary: str, text: str, lines: list[str]) -> list[str]:
+    return [f"<details><summary>{summary}</summary>", "", text, "", *lines, "", "</details>", ""]
+
+
+def calls(record: dict[str, Any]) -> list[str]:
+    """What a caller of small arguments waits for: forward / forward and backward in microseconds, by provider."""
+    found = {(c["op"], c["provider"]): c for c in record["calls"]}
+    providers = list(dict.fromkeys(c["provider"] for c in record["calls"] if c["forward_us"]))
+    lines = [line("", providers), f"|---|{'---:|' * len(providers)}"]
+    for op, case in dict.fromkeys((c["op"], c["case"]) for c in record["calls"]):
+        timed = [found.get((op, p), {}) for p in providers]
+        cells = [f"{c['forward_us']:.0f} / {c['training_us']:.0f}" if c.get("forward_us") else "-" for c in timed]
+        lines.append(line(f"{op.replace('_', ' ')}, {case}", cells))
+    return lines
+
+
 def report() -> str:
     """The main job, a summary with a line for each machine and op, and every case behind a fold."""
     folders = sorted((ROOT / "benchmarks/results").iterdir())
@@ -85,24 +101,24 @@ def report() -> str:
             if path.stem == "train":
                 continue
             record = json.loads(path.read_text())
+            versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items() if v)
+            made = f"{versions}, {record['date'][:10]}, commit {record['commit']}."
+            if path.stem == "callers":
+                name = f"what a caller waits for, {record['dtype']}, {record['device']['name']}"
+                summary_line = f"{name}: forward / training, us a call of small arguments"
+                details += fold(summary_line, made, calls(record))
+                continue
             name = f"{record['rows'][0]['op'].replace('_', ' ')}, {record['dtype']}, {record['device']['name']}"
             lines, ratios = table(record)
             cells = [f(v) for v in ratios.values() for f in (mean, lambda v: f"{min(v):.2f}" if v else "-")]
             summary.append(line(name, cells))
             unit = record.get("unit", "TFLOP/s" if path.stem.startswith("attention") else "TB/s")
-            versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items() if v)
             ceiling = record["ceilings"]
-            details += [
-                f"<details><summary>{name}: {unit}, forward / backward</summary>",
-                "",
-                f"{versions}, {record['date'][:10]}, commit {record['commit']}. Measured in the same run: copy"
-                f" {ceiling['bytes_per_s'] / 1e12:.2f} TB/s, matrix product {ceiling['flops'] / 1e12:.1f} TFLOP/s.",
-                "",
-                *lines,
-                "",
-                "</details>",
-                "",
-            ]
+            measured = (
+                f"{made} Measured in the same run: copy {ceiling['bytes_per_s'] / 1e12:.2f} TB/s, matrix product"
+                f" {ceiling['flops'] / 1e12:.1f} TFLOP/s."
+            )
+            details += fold(f"{name}: {unit}, forward / backward", measured, lines)
     return "\n".join([*main_job(folders), KERNELS, "", *summary, "", *details])
 
 

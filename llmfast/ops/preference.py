@@ -37,3 +37,7 @@ PREFERRED: dict[str, dict[Literal["fwd", "bwd"], tuple[tuple[int, str], ...]]] =
         "bwd": ((8192, "triton"), (131072, "cuda")),
     },
 }
+
+# Op -> backend for arguments of so few elements that launching takes longer than running.
+SMALL = 2**20
+PREFERRED_WHERE_SMALL: dict[str, str] = {}

@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 
 from .. import environment
 from ..errors import BackendError, InputError
-from .preference import PREFERRED
+from .preference import PREFERRED, PREFERRED_WHERE_SMALL, SMALL
 
 REFERENCE = "reference"
 AUTO = "auto"
@@ -164,19 +164,23 @@ def _warn_once(op: str, reasons: str) -> None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _in_order(op: str, direction: Direction, rows: tuple[Backend, ...], device: str, length: int) -> list[Backend]:
+def _in_order(
+    op: str, direction: Direction, rows: tuple[Backend, ...], device: str, length: int, small: bool
+) -> list[Backend]:
     """The `rows` that auto tries on `device`: the one measured fastest for rows of this length first."""
     here = [row for row in rows if device in row.devices]  # so it never takes the interpreter
     if len(here) > 1 and op in PREFERRED:
         classes = PREFERRED[op][direction]
         best = next((name for limit, name in classes if length <= limit), classes[-1][1])
+        best = PREFERRED_WHERE_SMALL.get(op, best) if small else best
         here.sort(key=lambda row: row.name != best)
     return here
 
 
 def _tried(op: str, direction: Direction, args: tuple[Any, ...]) -> list[Backend]:
     x = _first(args)
-    return _in_order(op, direction, BACKENDS[op], x.device.type, x.shape[-1] if x.dim() else 1)
+    length = x.shape[-1] if x.dim() else 1
+    return _in_order(op, direction, BACKENDS[op], x.device.type, length, x.numel() <= SMALL)
 
 
 @functools.cache

@@ -89,11 +89,7 @@ def run(
             rows += _bench_case(case, where, torch_dtype, ceiling, wanted)
             console.print(f"[dim]{op} {case.label}[/dim]")
     record = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": asdict(hardware.describe(where)),
-        "versions": hardware.versions(),
-        "commit": commit or _git_commit(),
-        "dtype": dtype,
+        **heading(where, torch_dtype, commit),
         "ceilings": ceiling._asdict(),
         "unit": "TFLOP/s" if cases[op][0].work("fwd", 2).flops else "TB/s",
         "rows": [asdict(row) for row in rows],
@@ -107,6 +103,17 @@ def run(
     return rows
 
 
+def heading(device: torch.device, dtype: torch.dtype, commit: str | None) -> dict[str, Any]:
+    """What every file of results begins with: when, on what and of which commit it was measured."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": asdict(hardware.describe(device)),
+        "versions": hardware.versions(),
+        "commit": commit or _git_commit(),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
 def _git_commit() -> str | None:
     """The checkout's commit, marked where it has changes; None outside one."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
@@ -116,7 +123,7 @@ def _git_commit() -> str | None:
         return None
 
 
-def _providers(case: Case, device: torch.device, dtype: torch.dtype) -> Iterable[tuple[str, Function | str, bool]]:
+def contenders(case: Case, device: torch.device, dtype: torch.dtype) -> Iterable[tuple[str, Function | str, bool]]:
     """(name, function or why there is none, whether it is ours) of all that can be timed."""
     for backend in BACKENDS[case.op]:
         if device.type in backend.devices and dtype in backend.dtypes:
@@ -136,7 +143,7 @@ def _bench_case(
     inputs = make_inputs(case, device, dtype)
     grad = torch.randn(case.output, device=device).to(dtype)
     rows = []
-    for name, function, ours in _providers(case, device, dtype):
+    for name, function, ours in contenders(case, device, dtype):
         if wanted and name not in wanted:
             continue
         if isinstance(function, str):

@@ -117,6 +117,16 @@ BENCHMARK_CASES: dict[str, list[Case]] = {
     "attention": _attention_benchmark(),
 }
 
+# One small call of each op, which takes longer to launch than to run.
+SMALL_CASES: dict[str, Case] = {
+    **{op: RowCase(op, 64, 768) for op in ROW_INPUTS},
+    "cross_entropy": CrossEntropyCase(64, 768),
+    "rope": RopeCase(1, 64, 12, 64),
+    "linear_cross_entropy": LinearCrossEntropyCase(64, 64, 768),
+    "embedding": EmbeddingCase(64, 768, 64),
+    "attention": AttentionCase(1, 64, 64, 12, 12, 64, True),
+}
+
 # What a machine without a GPU runs instead.
 _CPU_SHAPES = ((4096, 768), (1024, 4096))
 CPU_BENCHMARK_CASES: dict[str, list[Case]] = {

@@ -326,6 +326,9 @@ def test_auto_mixes_the_backends_that_are_fastest_each_way(monkeypatch: pytest.M
 
     monkeypatch.setitem(registry.PREFERRED, "gelu", {"fwd": ((8, "cuda"),), "bwd": ((1, "cuda"), (8, "triton"))})
     monkeypatch.setitem(BACKENDS, "gelu", (plant("triton", 2.0), plant("cuda", 3.0)))
+    monkeypatch.setitem(registry.PREFERRED_WHERE_SMALL, "gelu", "triton")
+    assert factors() == (2.0, 2.0)
+    monkeypatch.setattr(registry, "SMALL", 1)
     assert factors() == (3.0, 2.0)
     assert ops.explain("gelu", torch.ones(2)).splitlines()[:2] == [
         "gelu: triton: chosen by auto for the backward pass",
