@@ -40,4 +40,13 @@ PREFERRED: dict[str, dict[Literal["fwd", "bwd"], tuple[tuple[int, str], ...]]] =
 
 # Op -> backend for arguments of so few elements that launching takes longer than running.
 SMALL = 2**20
-PREFERRED_WHERE_SMALL: dict[str, str] = {}
+PREFERRED_WHERE_SMALL: dict[str, str] = {
+    "add_layer_norm": "cuda",
+    "add_rms_norm": "cuda",
+    "bias_gelu": "cuda",
+    "cross_entropy": "cuda",
+    "gelu": "cuda",
+    "layer_norm": "cuda",
+    "rms_norm": "cuda",
+    "softmax": "cuda",
+}
