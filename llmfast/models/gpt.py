@@ -16,7 +16,8 @@ from .layers import Block, Linear, Norm
 class GPT(nn.Module):
     """A decoder-only transformer built from `llmfast.ops`.
 
-    Parameters are float32; activations are in `compute_dtype`, float32 by default.
+    Parameters are float32; activations are in `compute_dtype`, float32 by default. Matrices may be kept in
+    `compute_dtype`, too: as each is rounded to it before use, no result depends on that.
     """
 
     rotary_cos: Tensor
@@ -57,23 +58,25 @@ class GPT(nn.Module):
             raise InputError(
                 f"{start + length} tokens do not fit the context of {self.config.context_length}; shorten the input"
             )
-        x = ops.embedding(self.token_embedding.weight, ids)
+        x = ops.embedding(self.token_embedding.weight, ids).to(self.compute_dtype)
         if self.position_embedding is not None:
-            x = x + self.position_embedding.weight[start : start + length]
+            x = x + self.position_embedding.weight[start : start + length].to(x.dtype)
             rotary = None
         else:
             rotary = (self.rotary_cos[start : start + length], self.rotary_sin[start : start + length])
-        x = self.dropout(x.to(self.compute_dtype))
+        branch, residual = None, self.dropout(x)
         for block in self.blocks:
-            x = block(x, rotary, cache)
+            branch, residual = block(branch, residual, rotary, cache)
         if cache is not None:
             cache.advance(length)
-        x = self.norm(x[:, -1:] if last_only else x)
+        if last_only:
+            branch, residual = (x[:, -1:] for x in (branch, residual))
+        x, _ = self.norm(branch, residual)
         return F.linear(x, self.token_embedding.weight.to(x.dtype)) if self.head is None else self.head(x)
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of predicting targets (B, T) from ids (B, T); -100 in targets is left out."""
-        return ops.cross_entropy(self(ids).flatten(0, 1), targets.flatten())
+        return ops.cross_entropy(self(ids).flatten(0, 1), targets.flatten(), in_place=True)
 
 
 def _refill_rotary_table(model: nn.Module, _: object) -> None:

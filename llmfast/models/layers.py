@@ -26,11 +26,16 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(config.d_model))
         self.bias = nn.Parameter(torch.zeros(config.d_model)) if config.norm == "layer_norm" else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = _parameter(self.weight, x), _parameter(self.bias, x)
+    def forward(self, branch: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of residual + branch, and that sum; both (..., d_model). Before the first branch there is none."""
+        weight, bias = _parameter(self.weight, residual), _parameter(self.bias, residual)
         if self.kind == "layer_norm":
-            return ops.layer_norm(x, weight, bias, self.eps)
-        return ops.rms_norm(x, weight, self.eps)
+            if branch is None:
+                return ops.layer_norm(residual, weight, bias, self.eps), residual
+            return ops.add_layer_norm(branch, residual, weight, bias, self.eps)
+        if branch is None:
+            return ops.rms_norm(residual, weight, self.eps), residual
+        return ops.add_rms_norm(branch, residual, weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -74,7 +79,7 @@ def _parameter(p: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 class Block(nn.Module):
-    """Pre-norm residual block."""
+    """Pre-norm residual block. Its last branch is added by the next norm, in one pass over memory."""
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
@@ -82,6 +87,10 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = Norm(config), MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), rotary, cache))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+    def forward(
+        self, branch: Tensor | None, residual: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None
+    ) -> tuple[Tensor, Tensor]:
+        """(branch, residual), both (B, T, d_model), whose sum is the stream -> the same after this block."""
+        x, residual = self.attention_norm(branch, residual)
+        x, residual = self.mlp_norm(self.dropout(self.attention(x, rotary, cache)), residual)
+        return self.dropout(self.mlp(x)), residual

@@ -194,8 +194,10 @@ def cross_entropy_limits(
     """Why the kernels cannot give what is asked."""
     if logits.shape[1] == 0:
         return "needs at least one class"
-    plain = not (label_smoothing or z_loss or in_place) and reduction == "mean" and n_classes == logits.shape[1]
-    return None if plain else "has the plain mean only, of all columns, and not in place"
+    if in_place and logits.is_cuda:
+        return "does not write over the logits"  # nor need it on a CPU, where memory is rarely short
+    plain = not (label_smoothing or z_loss) and reduction == "mean" and n_classes == logits.shape[1]
+    return None if plain else "has the plain mean only, of all columns"
 
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:

@@ -143,7 +143,7 @@ def cross_entropy(
 
     logits: (N, V); targets: (N,) int64 in [0, n_classes). Returns float32 (float64 for float64 logits). z_loss adds
     that many times logsumexp^2. Of a padded vocabulary only the first `n_classes` columns count. With `in_place` the
-    backward pass writes the gradient over the logits, which nothing else may then need.
+    backward pass may write the gradient over the logits, which nothing else may then need.
     """
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
     in_place = in_place and not torch.compiler.is_compiling()  # a compiler plans memory itself

@@ -65,21 +65,25 @@ def losses(run: Run, backend: str, device: str) -> torch.Tensor:
 
 def check(run: Run, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    launches = {"attention": 0, "norm": 0}
-    for module, function in (("attention", "attention_bwd"), ("norm", "layer_norm_bwd")):
+    launches = {"attention": 0, "norm": 0, "norm with residual": 0}
+    for name, module, function in (
+        ("attention", "attention", "attention_bwd"),
+        ("norm", "norm", "layer_norm_bwd"),
+        ("norm with residual", "norm", "add_layer_norm_bwd"),
+    ):
         kernels = importlib.import_module(f"llmfast.kernels.{module}")
         launch = getattr(kernels, function)
 
-        def counted(*args: object, launch=launch, module: str = module) -> object:
-            launches[module] += 1
+        def counted(*args: object, launch=launch, name: str = name) -> object:
+            launches[name] += 1
             return launch(*args)
 
         monkeypatch.setattr(kernels, function, counted)
     expected = losses(run, "reference", device)
-    assert launches == {"attention": 0, "norm": 0}
+    assert set(launches.values()) == {0}
     got = losses(run, "triton", device)
     layers = run.config.n_layer
-    assert launches == {"attention": STEPS * layers, "norm": STEPS * (2 * layers + 1)}
+    assert launches == {"attention": STEPS * layers, "norm": STEPS, "norm with residual": STEPS * 2 * layers}
     assert got[-1] < got[0] / 2 and expected[-1] < expected[0] / 2
     difference = (got - expected).abs() / expected
     assert difference.max() < run.worst and difference.mean() < run.mean, difference
