@@ -43,6 +43,8 @@ class TrainConfig:
     """Of dropout; 0 or more."""
     budget_seconds: float | None = None
     """Wall-clock seconds, evaluations and saves counted, after which the schedule is complete at whatever step."""
+    cuda_graph: bool = True
+    """On a GPU, record the forward and backward pass of a batch once and replay it, which saves launching it."""
     deterministic: bool = False
     """Refuse operations that may give other bits on the same machine (torch.use_deterministic_algorithms)."""
 
@@ -61,7 +63,8 @@ class TrainConfig:
         self._check("betas", pair and all(_is_number(b) and 0 <= b < 1 for b in self.betas), "two numbers in [0, 1)")
         budget = self.budget_seconds
         self._check("budget_seconds", budget is None or (_is_number(budget) and budget > 0), "positive and finite")
-        self._check("deterministic", isinstance(self.deterministic, bool), "True or False")
+        for name in ("cuda_graph", "deterministic"):
+            self._check(name, isinstance(getattr(self, name), bool), "True or False")
 
     def _check(self, name: str, valid: bool, requirement: str) -> None:
         if not valid:

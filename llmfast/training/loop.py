@@ -19,9 +19,9 @@ from ..models import GPT
 from ..weights import latest, save
 from . import optim
 from .config import TrainConfig
+from .gradients import IGNORED, Gradients
 from .metrics import Evaluation, MetricsFile, Step
 
-IGNORED = -100  # in a batch: padding, neither read nor predicted
 STEPS_A_REPORT = 10  # losses stay on the device this long, or for a second, so that the host does not wait for it
 MAX_SKIPPED = 10  # updates in a row without a finite loss and gradient
 
@@ -73,9 +73,12 @@ def train(
     was_training = model.training
     try:
         run = _Run(model, config, batches, evaluate, run_dir, report, corpus_hash)
-        run.restore() if resume else torch.manual_seed(config.seed)
-        with _stop_on_signal() as stop:
-            return run.until(stop.is_set)
+        try:
+            run.restore() if resume else torch.manual_seed(config.seed)
+            with _stop_on_signal() as stop:
+                return run.until(stop.is_set)
+        finally:
+            run.optimizer.release()
     finally:
         model.train(was_training)
         torch.use_deterministic_algorithms(was_deterministic)
@@ -97,7 +100,8 @@ class _Run:
         self.model, self.config, self.batches, self.evaluate = model, config, batches, evaluate
         self.run_dir, self.report, self.corpus_hash = run_dir, report, corpus_hash
         self.device = model.token_embedding.weight.device
-        self.optimizer = optim.make_optimizer(model, config)
+        self.optimizer = optim.AdamW(model, config)
+        self.gradients = Gradients(model, config.cuda_graph)
         self.metrics = MetricsFile(run_dir / "metrics.jsonl")
         self.step, self.tokens, self.best_bpb = 0, 0, math.inf
         self.skipped_in_a_row = 0
@@ -151,15 +155,11 @@ class _Run:
         valid = [int((batch[:, 1:] != IGNORED).sum()) for batch in batches]
         loss = torch.zeros((), device=self.device)
         for batch, count in zip(batches, valid, strict=True):
-            if self.device.type == "cuda":
-                batch = batch.pin_memory().to(self.device, non_blocking=True)
             # Means weighted by their tokens: the mean over the whole step, however padding is spread over its batches.
-            part = self.model.loss(batch[:, :-1].clamp_min(0), batch[:, 1:]) * (count / max(1, sum(valid)))
-            part.backward()
-            loss += part.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
-        optim.step(self.optimizer, rate, finite=torch.isfinite(loss) & torch.isfinite(norm))
-        self.optimizer.zero_grad(set_to_none=True)
+            loss = loss + self.gradients(batch, count / max(1, sum(valid)))
+            if len(batches) > 1:
+                self.optimizer.add_gradients()
+        norm = self.optimizer.step(rate, self.step + 1, loss)
         self.step += 1
         self.tokens += sum(valid)
         self.unreported.append((self.step, self.tokens, rate, torch.stack((loss, norm))))
@@ -195,7 +195,7 @@ class _Run:
             evaluation = Evaluation(self.step, self.tokens, bpb, self.seconds)
             self.write(evaluation)
             self.report.evaluation(evaluation)
-            if bpb < self.best_bpb and self.try_save("best", {"model": self.model.state_dict()}, {"val_bpb": bpb}):
+            if bpb < self.best_bpb and self.try_save("best", {"model": self.optimizer.masters()}, {"val_bpb": bpb}):
                 self.best_bpb = bpb
         self.reported_at = time.perf_counter()
 
@@ -206,8 +206,8 @@ class _Run:
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
         tensors = {
-            "model": self.model.state_dict(),
-            "optimizer": optim.state_tensors(self.model, self.optimizer),
+            "model": self.optimizer.masters(),
+            "optimizer": self.optimizer.state(),
             "rng": rng,
         }
         self.try_save("checkpoints", tensors, {"tokens": self.tokens, "seconds": self.seconds})
@@ -243,9 +243,7 @@ class _Run:
         ):
             if saved != given:
                 raise InputError(f"{checkpoint.path}: was trained with another {what}; resume with that one")
-        self.model.load_state_dict(checkpoint.tensors("model"))
-        if checkpoint.step > 0:  # before the first, AdamW has no state
-            optim.load_state_tensors(self.model, self.optimizer, checkpoint.tensors("optimizer"))
+        self.optimizer.load(checkpoint.tensors("model"), checkpoint.tensors("optimizer"))
         rng = checkpoint.tensors("rng")
         torch.set_rng_state(rng["cpu"])
         if self.device.type == "cuda" and "cuda" in rng:

@@ -97,17 +97,17 @@ def test_accumulation_is_one_large_batch_however_padded(tmp_path: Path) -> None:
 
 
 def test_clipping_bounds_the_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    norms = []
-    real = loop.optim.step
+    scales = []
+    real = loop.optim.ops.adamw_
 
-    def spy(optimizer, rate, finite):
-        gradients = [p.grad for g in optimizer.param_groups for p in g["params"]]
-        norms.append(torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients])).item())
-        real(optimizer, rate, finite)
+    def spy(*tensors, grad_scale, **settings):
+        scales.append(grad_scale)
+        real(*tensors, grad_scale=grad_scale, **settings)
 
-    monkeypatch.setattr(loop.optim, "step", spy)
+    monkeypatch.setattr(loop.optim.ops, "adamw_", spy)
     run(tmp_path, grad_clip=0.01, max_steps=3)
-    assert norms == pytest.approx([0.01] * 3, rel=1e-3)
+    norms = [record["grad_norm"] for record in read_metrics(tmp_path / "metrics.jsonl")]
+    assert [scale * norm for scale, norm in zip(scales[::2], norms, strict=True)] == pytest.approx([0.01] * 3, rel=1e-3)
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:

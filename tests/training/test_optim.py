@@ -1,5 +1,7 @@
 """Parameter groups, the schedule, and an update that can be skipped on the device."""
 
+import math
+
 import pytest
 import torch
 
@@ -8,24 +10,23 @@ from llmfast.models import GPT, preset
 from llmfast.training import TrainConfig, optim
 
 
-def make_model() -> GPT:
+def make_model(dtype: torch.dtype = torch.float32) -> GPT:
     torch.manual_seed(0)
-    return GPT(preset("tiny", vocab_size=64, context_length=16, bias=True, tie_embeddings=False, position="learned"))
+    shape = {"vocab_size": 64, "context_length": 16, "bias": True, "tie_embeddings": False, "position": "learned"}
+    return GPT(preset("tiny", **shape), dtype)
 
 
-def test_groups_hold_every_parameter_once() -> None:
+def test_matrices_decay_and_nothing_else_does() -> None:
     model = make_model()
-    names = {id(p): name for name, p in model.named_parameters()}
-    decayed, others = ([names[id(p)] for p in g["params"]] for g in optim.parameter_groups(model, 0.1))  # type: ignore
-    assert sorted(decayed + others) == sorted(names.values())
-    assert {n.split(".")[-2] for n in decayed} == {"qkv", "proj", "up", "down", "head"}
-    assert all(n.endswith("weight") for n in decayed)
+    decayed = optim.is_decayed(model)
+    assert list(decayed) == [name for name, _ in model.named_parameters()]
+    assert {n.split(".")[-2] for n, d in decayed.items() if d} == {"qkv", "proj", "up", "down", "head"}
+    assert all(n.endswith("weight") for n, d in decayed.items() if d)
 
 
 def test_a_tied_head_is_an_embedding() -> None:
     model = GPT(preset("tiny"))
-    assert model.head is None
-    assert any(p is model.token_embedding.weight for p in optim.parameter_groups(model, 0.1)[1]["params"])  # type: ignore
+    assert model.head is None and not optim.is_decayed(model)["token_embedding.weight"]
 
 
 def test_schedule() -> None:
@@ -38,19 +39,31 @@ def test_schedule() -> None:
     assert rates == sorted(rates, reverse=True)
 
 
+IDS = torch.arange(32).reshape(2, 16)
+FINE = torch.zeros(())  # a loss that is finite
+
+
+def backward(model: GPT) -> None:
+    model.zero_grad()
+    model.loss(IDS, IDS.flip(0)).backward()
+
+
 def test_step_equals_plain_adamw() -> None:
     model, plain = make_model(), make_model()
-    config = TrainConfig(max_steps=1, learning_rate=1e-2, weight_decay=0.3)
-    optimizer = optim.make_optimizer(model, config)
-    reference = torch.optim.AdamW(optim.parameter_groups(plain, 0.3), lr=1e-2, betas=(0.9, 0.95), fused=False)  # type: ignore
-    ids = torch.arange(32).reshape(2, 16)
-    for rate in (1e-2, 5e-3, 1e-3):
-        model.zero_grad()
-        model.loss(ids, ids.flip(0)).backward()
+    optimizer = optim.AdamW(model, TrainConfig(max_steps=1, weight_decay=0.3, grad_clip=math.inf))
+    decayed = optim.is_decayed(plain)
+    groups = [
+        {"params": [p for n, p in plain.named_parameters() if decayed[n] == d], "weight_decay": 0.3 * d}
+        for d in (True, False)
+    ]
+    reference = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95))
+    for number, rate in enumerate((1e-2, 5e-3, 1e-3), 1):
+        backward(model)
         for p, q in zip(model.parameters(), plain.parameters(), strict=True):
             assert p.grad is not None
             q.grad = p.grad.clone()
-        optim.step(optimizer, rate, torch.tensor(True))
+        norm = optimizer.step(rate, number, FINE)
+        assert norm == pytest.approx(torch.nn.utils.get_total_norm([q.grad for q in plain.parameters()]).item())  # type: ignore
         for group in reference.param_groups:
             group["lr"] = rate
         reference.step()
@@ -58,38 +71,68 @@ def test_step_equals_plain_adamw() -> None:
         torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)
 
 
+def test_masters_keep_what_16_bits_would_lose() -> None:
+    """Updates far smaller than a bfloat16 weight's last digit add up, and reach the weights that the model uses."""
+    model = GPT(preset("tiny", vocab_size=64, context_length=16), torch.bfloat16)
+    optimizer = optim.AdamW(model, TrainConfig(max_steps=1, weight_decay=0.0))
+    assert {p.dtype for p in model.parameters() if p.dim() >= 2} == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters() if p.dim() < 2} == {torch.float32}
+    up = optimizer.weights["blocks.0.mlp.up.weight"]
+    up.master.fill_(1.0)
+    for number in range(1, 101):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step(1e-4, number, FINE)
+    assert up.master.mean().item() == pytest.approx(0.99, abs=1e-4)
+    assert torch.equal(up.parameter, up.master.bfloat16())
+    assert optimizer.masters()["blocks.0.mlp.up.weight"] is up.master
+    optimizer.release()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert up.parameter.data_ptr() == up.master.data_ptr()
+
+
+def test_gradients_of_batches_add_up_in_float32() -> None:
+    model = GPT(preset("tiny", vocab_size=64, context_length=16), torch.bfloat16)
+    optimizer = optim.AdamW(model, TrainConfig(max_steps=1))
+    for value in (1.0, 2**-10):  # whose sum has no bfloat16
+        for p in model.parameters():
+            p.grad = torch.full_like(p, value)
+        optimizer.add_gradients()
+    assert {w.gradient.dtype for w in optimizer.weights.values()} == {torch.float32}
+    assert all((w.gradient == 1.0 + 2**-10).all() for w in optimizer.weights.values())
+    optimizer.step(1e-3, 1, FINE)
+    assert all(w.total is None for w in optimizer.weights.values())
+
+
 @pytest.mark.parametrize("before", [0, 2])  # the very first update, and a later one
-def test_a_skipped_step_changes_nothing(before: int) -> None:
-    model = make_model()
-    optimizer = optim.make_optimizer(model, TrainConfig(max_steps=1))
-    ids = torch.arange(32).reshape(2, 16)
-
-    def backward() -> None:
-        model.zero_grad()
-        model.loss(ids, ids).backward()
-
-    for _ in range(before):
-        backward()
-        optim.step(optimizer, 1e-2, torch.tensor(True))
-    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
-    state = {n: t.clone() for n, t in optim.state_tensors(model, optimizer).items()}
-    backward()
-    for p in model.parameters():
-        assert p.grad is not None
-        p.grad[...] = float("nan")
-    optim.step(optimizer, 1e-2, torch.tensor(False))
-    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
-    after = optim.state_tensors(model, optimizer)
-    assert all(torch.equal(after[n], state.get(n, torch.zeros(()))) if before else not after[n].any() for n in after)
-    backward()
-    optim.step(optimizer, 1e-2, torch.tensor(True))
-    assert all(not torch.equal(p, weights[n]) and p.isfinite().all() for n, p in model.named_parameters())
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_skipped_step_changes_nothing(before: int, bad: str, dtype: torch.dtype) -> None:
+    model = make_model(dtype)
+    optimizer = optim.AdamW(model, TrainConfig(max_steps=1))
+    for number in range(before):
+        backward(model)
+        optimizer.step(1e-2, number + 1, FINE)
+    state = {n: t.clone() for n, t in (optimizer.masters() | optimizer.state()).items()}
+    weights = [p.detach().clone() for p in model.parameters()]
+    backward(model)
+    if bad == "gradient":
+        for p in model.parameters():
+            assert p.grad is not None
+            p.grad[...] = float("nan")
+    optimizer.step(1e-2, before + 1, torch.tensor(float("nan")) if bad == "loss" else FINE)
+    after = optimizer.masters() | optimizer.state()
+    assert all(torch.equal(after[n], t) for n, t in state.items())
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
+    backward(model)
+    optimizer.step(1e-2, before + 2, FINE)
+    assert all(not torch.equal(p, w) and p.isfinite().all() for p, w in zip(model.parameters(), weights, strict=True))
 
 
 def test_state_of_another_model_is_refused() -> None:
     model = make_model()
     with pytest.raises(CheckpointError, match="token_embedding.weight/exp_avg"):
-        optim.load_state_tensors(model, optim.make_optimizer(model, TrainConfig(max_steps=1)), {})
+        optim.AdamW(model, TrainConfig(max_steps=1)).load(model.state_dict(), {})
 
 
 @pytest.mark.parametrize(
