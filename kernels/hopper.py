@@ -1,0 +1,65 @@
+"""Gluon (triton.experimental.gluon) on Hopper from Triton 3.6 to 3.9: what was renamed between them or has no name yet.
+
+Imported for sm_90 only: Gluon has no CPU interpreter.
+"""
+
+import triton.experimental.gluon.language as gl
+from torch import Tensor
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+# 3.8 renamed the copies and gave the reduction a name; 3.9 keeps the old names only to raise. Called as
+# tma_load(descriptor, coordinates, mbarrier, destination), tma_store(descriptor, coordinates, source).
+tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+
+@builtin
+def tma_reduce_add(desc, coord, src, _semantic=None):
+    """Add a tile in shared memory to global memory, element by element and atomically (`async_atomic_add` from 3.8)."""
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coord, src.handle)
+
+
+@gluon.jit
+def _named_barrier(ASM: gl.constexpr):
+    # Elementwise inline assembly is the only one there is: one element for each thread of the calling warps.
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    x = gl.zeros([32 * gl.num_warps()], gl.int32, layout=layout)
+    gl.inline_asm_elementwise(ASM + " mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def named_barrier_sync(ID: gl.constexpr, THREADS: gl.constexpr):
+    """Wait until THREADS threads, these included, have arrived at hardware barrier ID (strings). Triton uses the first
+    few of the 16 for itself: take 8 and above."""
+    _named_barrier("bar.sync " + ID + ", " + THREADS + ";")
+
+
+@gluon.jit
+def named_barrier_arrive(ID: gl.constexpr, THREADS: gl.constexpr):
+    """Arrive at hardware barrier ID without waiting; THREADS counts these and the threads that wait."""
+    _named_barrier("bar.arrive " + ID + ", " + THREADS + ";")
+
+
+def tma_readable(x: Tensor) -> bool:
+    """Whether a (B, T, H, D) tensor of 16-bit elements can be addressed by `head_tiles`: unit stride in D, the other
+    strides and the address multiples of 16 bytes."""
+    aligned = all(n == 1 or s % 8 == 0 for n, s in zip(x.shape[:3], x.stride()[:3], strict=True))
+    return x.numel() > 0 and x.stride(3) == 1 and aligned and x.data_ptr() % 16 == 0
+
+
+def head_tiles(x: Tensor, rows: int, cols: int) -> TensorDescriptor:
+    """TMA descriptor of a (B, T, H, D) tensor whose tiles, (1, 1, rows, cols) at (b, h, t, d), are rows of one head.
+
+    With one dimension for each of B, H and T, what lies beyond T or D reads as zero and is not written.
+    """
+    x = x.transpose(1, 2)
+    # The stride of a dimension of one element is arbitrary in PyTorch; TMA wants it aligned.
+    strides = [s if n > 1 else 8 for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)]
+    dtype = {2: gl.bfloat16, 4: gl.float32}[x.element_size()]
+    layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, cols], dtype)
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, cols], layout)
