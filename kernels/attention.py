@@ -415,6 +415,11 @@ def attention_bwd(
     n_keys, kv_heads = k.shape[1], k.shape[2]
     if dq.numel() == 0 or dk.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
+    if architecture() == 90:
+        from .attention_hopper_bwd import attention_hopper_bwd, runs_on_hopper  # Gluon: for this architecture alone
+
+        if runs_on_hopper(q, k, v):
+            return attention_hopper_bwd(dout, q, k, v, out, statistics, causal, scale)
     sign = math.copysign(1.0, scale) if scale else 0.0
     q, scale = _positive_scale(q, scale)
     dout, q, k, v = _readable(dout), _readable(q), _readable(k), _readable(v)

@@ -3,6 +3,8 @@
 Imported for sm_90 only: Gluon has no CPU interpreter.
 """
 
+import functools
+
 import triton.experimental.gluon.language as gl
 from torch import Tensor
 from triton._C.libtriton import ir
@@ -34,15 +36,17 @@ def _named_barrier(ASM: gl.constexpr):
 
 @gluon.jit
 def named_barrier_sync(ID: gl.constexpr, THREADS: gl.constexpr):
-    """Wait until THREADS threads, these included, have arrived at hardware barrier ID (strings). Triton uses the first
-    few of the 16 for itself: take 8 and above."""
-    _named_barrier("bar.sync " + ID + ", " + THREADS + ";")
+    """Wait until THREADS threads, these included, have arrived at hardware barrier ID. Triton uses the first few of the
+    16 for itself: take 8 and above."""
+    ASM: gl.constexpr = f"bar.sync {ID}, {THREADS};"
+    _named_barrier(ASM)
 
 
 @gluon.jit
 def named_barrier_arrive(ID: gl.constexpr, THREADS: gl.constexpr):
     """Arrive at hardware barrier ID without waiting; THREADS counts these and the threads that wait."""
-    _named_barrier("bar.arrive " + ID + ", " + THREADS + ";")
+    ASM: gl.constexpr = f"bar.arrive {ID}, {THREADS};"
+    _named_barrier(ASM)
 
 
 def tma_readable(x: Tensor) -> bool:
@@ -50,6 +54,12 @@ def tma_readable(x: Tensor) -> bool:
     strides and the address multiples of 16 bytes."""
     aligned = all(n == 1 or s % 8 == 0 for n, s in zip(x.shape[:3], x.stride()[:3], strict=True))
     return x.numel() > 0 and x.stride(3) == 1 and aligned and x.data_ptr() % 16 == 0
+
+
+@functools.cache  # it costs as much as the rest of a descriptor
+def _layout(rows: int, cols: int, element_size: int) -> gl.NVMMASharedLayout:
+    dtype = {2: gl.bfloat16, 4: gl.float32}[element_size]
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, cols], dtype)
 
 
 def head_tiles(x: Tensor, rows: int, cols: int) -> TensorDescriptor:
@@ -60,6 +70,5 @@ def head_tiles(x: Tensor, rows: int, cols: int) -> TensorDescriptor:
     x = x.transpose(1, 2)
     # The stride of a dimension of one element is arbitrary in PyTorch; TMA wants it aligned.
     strides = [s if n > 1 else 8 for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)]
-    dtype = {2: gl.bfloat16, 4: gl.float32}[x.element_size()]
-    layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, cols], dtype)
+    layout = _layout(rows, cols, x.element_size())
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, cols], layout)

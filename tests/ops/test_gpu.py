@@ -165,6 +165,20 @@ def test_attention_long(case: AttentionCase, dtype: torch.dtype) -> None:
     assert all(c.ok for c in comparisons), comparisons
 
 
+@pytest.mark.parametrize("scale", [-0.2, 0.0])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_attention_gradients_of_any_scale(head_dim: int, scale: float) -> None:
+    """And of an expanded gradient, whose strides are zero."""
+    inputs = make_inputs(AttentionCase(2, 200, 300, 4, 2, head_dim, True), "cuda", torch.bfloat16)
+    doubles = [t.detach().double().requires_grad_() for t in inputs]
+    grad = torch.randn(4, head_dim, device="cuda").bfloat16().expand(2, 200, 4, head_dim)
+    exact = ops.attention(*doubles, causal=True, scale=scale, backend="reference")
+    truth = torch.autograd.grad(exact, doubles, grad.double())
+    got = torch.autograd.grad(ops.attention(*inputs, causal=True, scale=scale, backend=TRITON), inputs, grad)
+    for a, b in zip(got, truth, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2e-2, atol=2e-2)
+
+
 @EACH_ROW_OP
 @pytest.mark.parametrize("cols", [768, 4096, 8192, 9000, 16384, 32768, 50257, 50304, 65536, 131072, 140000])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

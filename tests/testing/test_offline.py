@@ -15,13 +15,13 @@ KERNELS = Path(llmfast.__file__).resolve().parents[1] / "kernels"
 
 
 def entry_kernels() -> set[str]:
-    """Names of the functions in kernels/ that are decorated with triton.jit and end in _kernel."""
+    """Names of the functions in kernels/ that are decorated with triton.jit or gluon.jit and end in _kernel."""
     found = set()
     for file in KERNELS.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
                 decorators = [d.func if isinstance(d, ast.Call) else d for d in node.decorator_list]
-                if "triton.jit" in map(ast.unparse, decorators):
+                if {"triton.jit", "gluon.jit"} & set(map(ast.unparse, decorators)):
                     found.add(node.name)
     return found
 
@@ -88,3 +88,31 @@ def test_shapes_of_a_class_share_their_kernels() -> None:
     assert len(counts) > 12
     assert counts.pop("rope _rope_kernel") <= 8  # its forward and backward are one function
     assert max(counts.values()) <= 4, counts
+
+
+PATHS = """
+import torch
+from llmfast.testing import offline
+from llmfast.testing.cases import AttentionCase
+
+for arch, dtype, head_dim in [
+    (90, torch.bfloat16, 64), (90, torch.float16, 80), (90, torch.bfloat16, 256), (90, torch.float32, 64),
+    (80, torch.bfloat16, 64),
+]:
+    names = [name for name, _ in offline.launched(AttentionCase(1, 9, 9, 2, 1, head_dim, True), dtype, arch)]
+    print(arch, dtype, head_dim, "_attention_hopper_bwd_kernel" in names, "_attention_dkdv_kernel" in names)
+"""
+
+
+def test_attention_takes_the_hopper_kernels_where_they_run() -> None:
+    pytest.importorskip("triton")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(KERNELS.parent), env.get("PYTHONPATH"))))
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", PATHS], env=env, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        "90 torch.bfloat16 64 True False",
+        "90 torch.float16 80 True False",
+        "90 torch.bfloat16 256 False True",
+        "90 torch.float32 64 False True",
+        "80 torch.bfloat16 64 False True",
+    ], done.stderr
