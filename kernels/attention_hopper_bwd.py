@@ -404,7 +404,7 @@ def attention_hopper_bwd(
     packed = torch.empty((tiles * 128, 64), dtype=torch.float32, device=q.device)
     _attention_hopper_rows_kernel[(tiles,)](
         dout, out, *statistics, rows, turns, *dout.stride()[:3], *out.stride()[:3], heads, n_queries, abs(scale),
-        D=head_dim, BLOCK_D=block_d, QUERIES=queries,
+        D=head_dim, BLOCK_D=block_d, QUERIES=queries, num_warps=8,
     )  # fmt: skip
     key_tiles = triton.cdiv(n_keys, KEYS.value)
     _attention_hopper_bwd_kernel[(key_tiles * batch * kv_heads,)](
@@ -417,6 +417,7 @@ def attention_hopper_bwd(
         CAUSAL=causal, BLOCK_D=block_d, QUERIES=queries, num_warps=4,
     )  # fmt: skip
     _attention_hopper_dq_kernel[(tiles * 2,)](
-        packed, dq, heads, n_queries, n_keys, scale, CAUSAL=causal, D=head_dim, BLOCK_D=block_d, QUERIES=queries
-    )
+        packed, dq, heads, n_queries, n_keys, scale,
+        CAUSAL=causal, D=head_dim, BLOCK_D=block_d, QUERIES=queries, num_warps=8,
+    )  # fmt: skip
     return dq, dk, dv
