@@ -38,7 +38,7 @@ from .hopper import (
 
 KEYS = gl.constexpr(128)  # of a program
 HALF = gl.constexpr(64)  # a warpgroup's share of them, and both sides of its part of a tile of dQ
-QUERIES = {64: 128, 128: 64}  # in a tile, by head dimension rounded up: as many as registers hold
+TILE_QUERIES = {64: 128, 128: 64}  # in a tile, by head dimension rounded up: as many as registers hold
 # Hardware barriers. Both warpgroups have stored dS:
 DS_STORED = gl.constexpr(8)
 # Warpgroup w has stored its part of dQ in step i, for adding warp i % 2: this one + 2 (i % 2) + w.
@@ -381,22 +381,26 @@ def _attention_hopper_dq_kernel(
     tl.store(DQ + row * (heads * D) + col, dq.to(DQ.dtype.element_ty), mask=(m0 + row < n_queries) & (col < D))
 
 
+def _readable(x: Tensor) -> bool:
+    """Whether TMA reads x; of an expanded tensor's strides of 0 its documentation says nothing."""
+    return tma_readable(x) and 0 not in x.stride()
+
+
 def runs_on_hopper(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether `attention_hopper_bwd` takes these tensors."""
     fits = q.element_size() == 2 and q.shape[3] <= 128 and q.shape[3] % 8 == 0
-    return fits and all(map(tma_readable, (q, k, v)))
+    return fits and all(map(_readable, (q, k, v)))
 
 
 def attention_hopper_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`attention_bwd` of kernels/attention.py, for any scale. While it runs it needs dq's size in float32."""
+    """`attention_bwd` of kernels/attention.py, for any scale. It needs memory for dq in float32, in whole tiles."""
     batch, n_queries, heads, head_dim = q.shape
     n_keys, kv_heads = k.shape[1], k.shape[2]
     block_d = 64 if head_dim <= 64 else 128
-    queries = QUERIES[block_d]
-    if not tma_readable(dout) or 0 in dout.stride():  # an expanded gradient
-        dout = dout.contiguous()
+    queries = TILE_QUERIES[block_d]
+    dout = dout if _readable(dout) else dout.contiguous()
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     tiles = batch * heads * triton.cdiv(n_queries, queries)
     rows = torch.empty(tiles * 2 * queries, dtype=torch.float32, device=q.device)
