@@ -87,7 +87,7 @@ def _norm_fwd_kernel(
     for start in range(0, N, BLOCK):
         col = start + lane
         inside = (row < n_rows) & (col < N)
-        x = piece if N <= SHORT_ROW else _read(X, Residual, col, inside, HAS_RESIDUAL, "evict_first")
+        x = piece if N <= BLOCK else _read(X, Residual, col, inside, HAS_RESIDUAL, "evict_first")
         if HAS_RESIDUAL:
             tl.store(Total + col, x, mask=inside)
         y = ((x.to(tl.float32) - mean) - error) * rstd
