@@ -116,7 +116,7 @@ def load_plain(plain: PlainGPT, ours: GPT) -> None:
 def our_step(config: Config, device: torch.device, batch_size: int, graph: bool) -> Step:
     model = GPT(config, torch.bfloat16).to(device)
     settings = TrainConfig(max_steps=10**6, batch_size=batch_size, learning_rate=RATE, weight_decay=0.1)
-    optimizer, gradients = optim.AdamW(model, settings), Gradients(model, graph)
+    optimizer, gradients = optim.Optimizer(model, settings), Gradients(model, graph)
     count = 0
 
     def step(batch: Tensor) -> Tensor:

@@ -52,6 +52,8 @@ def train(
     context: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
     accumulation: Annotated[int | None, typer.Option(help="Batches a step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="The highest learning rate.")] = None,
+    optim: Annotated[str | None, typer.Option(help="adamw, or muon for the matrices of the blocks.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="cosine or trapezoid, how the learning rate falls.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, data order and dropout.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16, what the model computes in.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:<number>.")] = None,
@@ -69,6 +71,8 @@ def train(
         "context": context,
         "accumulation": accumulation,
         "learning_rate": learning_rate,
+        "optimizer": optim,
+        "schedule": schedule,
         "seed": seed,
         "deterministic": deterministic or None,
     }

@@ -2,9 +2,12 @@
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ..errors import InputError
+
+Schedule = Literal["cosine", "trapezoid"]
+OptimizerName = Literal["adamw", "muon"]
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,14 @@ class TrainConfig:
     """The last rate as a share of `learning_rate`, 0 to 1."""
     warmup_steps: int = 20
     """Steps over which the rate rises linearly."""
+    schedule: Schedule = "cosine"
+    """How the rate falls: by half a cosine over the run, or ("trapezoid") on a straight line over its last part."""
+    cooldown: float = 0.3
+    """That last part, as a share of the run, 0 to 1."""
+    optimizer: OptimizerName = "adamw"
+    """Of the blocks' matrices: adamw or muon. The rest is always AdamW's."""
     weight_decay: float = 0.1
-    """AdamW's decoupled decay of the matrices of the blocks and head."""
+    """Decoupled decay of the matrices of the blocks and head."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay a step of AdamW's mean and mean square of the gradients."""
     grad_clip: float = 1.0
@@ -58,6 +67,9 @@ class TrainConfig:
             "grad_clip", self.grad_clip == math.inf or (_is_number(self.grad_clip) and self.grad_clip > 0), "positive"
         )
         self._check("min_lr_ratio", _is_number(self.min_lr_ratio) and 0 <= self.min_lr_ratio <= 1, "in [0, 1]")
+        self._check("cooldown", _is_number(self.cooldown) and 0 <= self.cooldown <= 1, "in [0, 1]")
+        for name, choices in (("schedule", Schedule), ("optimizer", OptimizerName)):
+            self._check(name, getattr(self, name) in get_args(choices), f"one of: {', '.join(get_args(choices))}")
         self._check("weight_decay", _is_number(self.weight_decay) and self.weight_decay >= 0, "0 or a positive number")
         pair = isinstance(self.betas, tuple) and len(self.betas) == 2
         self._check("betas", pair and all(_is_number(b) and 0 <= b < 1 for b in self.betas), "two numbers in [0, 1)")

@@ -100,7 +100,7 @@ class _Run:
         self.model, self.config, self.batches, self.evaluate = model, config, batches, evaluate
         self.run_dir, self.report, self.corpus_hash = run_dir, report, corpus_hash
         self.device = model.token_embedding.weight.device
-        self.optimizer = optim.AdamW(model, config)
+        self.optimizer = optim.Optimizer(model, config)
         self.gradients = Gradients(model, config.cuda_graph)
         self.metrics = MetricsFile(run_dir / "metrics.jsonl")
         self.step, self.tokens, self.best_bpb = 0, 0, math.inf

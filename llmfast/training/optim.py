@@ -1,7 +1,9 @@
-"""AdamW with float32 masters of 16-bit weights, its parameter groups, and the learning-rate schedule."""
+"""The update of the weights, by AdamW and Muon with float32 masters of 16-bit weights; who is updated by which; and the
+learning-rate schedules."""
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,37 +11,49 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import CheckpointError
 from ..models import GPT
+from . import muon
 from .config import TrainConfig
 
+Rule = Literal["adamw", "adamw without decay", "muon"]
 
-def is_decayed(model: nn.Module) -> dict[str, bool]:
-    """By parameter: weights of two or more dimensions are decayed; embeddings (a tied head is one), norms and biases
-    are not."""
+
+def rules(model: nn.Module, optimizer: str) -> dict[str, Rule]:
+    """By parameter. Weights of two or more dimensions are decayed; embeddings (a tied head is one), norms and biases
+    are not. Muon takes the decayed ones but the head, AdamW the rest."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    return {name: p.dim() >= 2 and id(p) not in embeddings for name, p in model.named_parameters()}
+    found: dict[str, Rule] = {}
+    for name, p in model.named_parameters():
+        if p.dim() < 2 or id(p) in embeddings:
+            found[name] = "adamw without decay"
+        else:
+            found[name] = "muon" if optimizer == "muon" and name != "head.weight" else "adamw"
+    return found
 
 
 def learning_rate(config: TrainConfig, step: int, progress: float) -> float:
     """The rate of update number `step`, counted from 0, when the share `progress` in [0, 1] of the run is done.
 
-    A half cosine over the run (https://arxiv.org/abs/1608.03983), from learning_rate down to its min_lr_ratio, times a
-    linear warm-up.
+    Times a linear warm-up, from learning_rate down to its min_lr_ratio: "cosine", by half a cosine over the run
+    (https://arxiv.org/abs/1608.03983); "trapezoid", constant but for a straight line over the last `cooldown` of the
+    run (https://arxiv.org/abs/2405.18392).
     """
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-    cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-    return config.learning_rate * warmup * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * cosine)
+    left = 1.0 - min(1.0, progress)
+    if config.schedule == "cosine":
+        shape = 0.5 * (1.0 - math.cos(math.pi * left))
+    else:
+        shape = min(1.0, left / config.cooldown) if config.cooldown else 1.0
+    return config.learning_rate * warmup * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * shape)
 
 
 @dataclass
 class Weight:
-    """A parameter and what AdamW keeps of it: float32, of the parameter's shape. The master is the parameter itself
+    """A parameter and what its rule keeps of it: float32, of the parameter's shape. The master is the parameter itself
     where that is float32; `total` is the gradient of a step's batches so far, where it has several."""
 
     parameter: nn.Parameter
     master: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    decayed: bool
+    state: dict[str, Tensor]
     total: Tensor | None = None
 
     @property
@@ -48,8 +62,9 @@ class Weight:
         return torch.zeros_like(self.parameter) if grad is None else grad
 
 
-class AdamW:
-    """AdamW (https://arxiv.org/abs/1711.05101) of a model that computes in `model.compute_dtype`.
+class Optimizer:
+    """AdamW (https://arxiv.org/abs/1711.05101), and Muon if `config.optimizer` says so, of a model that computes in
+    `model.compute_dtype`.
 
     If that has 16 bits, the model's matrices are kept in it from here on until `release`, so that no pass has to cast
     them; updates are made to float32 masters and copied out.
@@ -57,16 +72,17 @@ class AdamW:
 
     def __init__(self, model: GPT, config: TrainConfig) -> None:
         self.model, self.config = model, config
-        decayed = is_decayed(model)
+        rule_of = rules(model, config.optimizer)
         self.weights: dict[str, Weight] = {}
-        self.groups: dict[tuple[bool, torch.dtype], list[Weight]] = {}  # updated together
+        self.groups: dict[tuple[Rule, torch.dtype], list[Weight]] = {}  # updated together
         for name, parameter in model.named_parameters():
-            master = parameter.detach()
+            master, rule = parameter.detach(), rule_of[name]
             if parameter.dim() >= 2 and model.compute_dtype.itemsize == 2:
                 parameter.data = master.to(model.compute_dtype)
-            moments = torch.zeros_like(master), torch.zeros_like(master)
-            weight = self.weights[name] = Weight(parameter, master, *moments, decayed[name])
-            self.groups.setdefault((weight.decayed, parameter.dtype), []).append(weight)
+            kept = ("momentum",) if rule == "muon" else ("exp_avg", "exp_avg_sq")
+            weight = Weight(parameter, master, {key: torch.zeros_like(master) for key in kept})
+            self.weights[name] = weight
+            self.groups.setdefault((rule, parameter.dtype), []).append(weight)
 
     def add_gradients(self) -> None:
         """Add a batch's gradients, which `.grad` holds, to the step's, in float32."""
@@ -86,22 +102,32 @@ class AdamW:
         norm = torch.linalg.vector_norm(torch.stack(norms))
         scale = (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
         scale = torch.where(torch.isfinite(norm) & torch.isfinite(loss), scale, torch.nan)
-        for (decayed, dtype), group, grads in groups:
-            settings = {"step": number, "learning_rate": rate, "betas": self.config.betas}
-            settings["weight_decay"] = self.config.weight_decay if decayed else 0.0
-            masters = [w.master for w in group]
-            moments = [w.exp_avg for w in group], [w.exp_avg_sq for w in group]
-            copies = [w.parameter.detach() for w in group] if dtype != torch.float32 else None
-            if scale.is_cuda:
-                ops.adamw_(masters, grads, *moments, copies, grad_scale=scale, **settings)
-            elif math.isfinite(known := scale.item()):  # on the CPU there is nothing to wait for
-                ops.adamw_(masters, [g.float() for g in grads], *moments, grad_scale=known, **settings)
-                if copies is not None:
-                    for copy, master in zip(copies, masters, strict=True):
-                        copy.copy_(master)
+        for (rule, _), group, grads in groups:
+            if rule == "muon":
+                self._muon(group, grads, rate, scale)
+            else:
+                self._adamw(group, grads, rate, number, scale, 0.0 if "without" in rule else self.config.weight_decay)
         for w in self.weights.values():
             w.total = None
         return norm
+
+    def _adamw(
+        self, group: list[Weight], grads: list[Tensor], rate: float, number: int, scale: Tensor, weight_decay: float
+    ) -> None:
+        masters = [w.master for w in group]
+        moments = [w.state["exp_avg"] for w in group], [w.state["exp_avg_sq"] for w in group]
+        settings = {"step": number, "learning_rate": rate, "betas": self.config.betas, "weight_decay": weight_decay}
+        if scale.is_cuda:
+            copies = None if group[0].parameter.dtype == torch.float32 else [w.parameter.detach() for w in group]
+            ops.adamw_(masters, grads, *moments, copies, grad_scale=scale, **settings)
+        elif math.isfinite(known := scale.item()):  # on the CPU there is nothing to wait for
+            ops.adamw_(masters, [g.float() for g in grads], *moments, grad_scale=known, **settings)
+            _copy_out(group)
+
+    def _muon(self, group: list[Weight], grads: list[Tensor], rate: float, scale: Tensor) -> None:
+        momenta = [w.state["momentum"] for w in group]
+        muon.update([w.master for w in group], grads, momenta, rate, self.config.weight_decay, scale)
+        _copy_out(group)
 
     def masters(self) -> dict[str, Tensor]:
         """The model's state with float32 weights."""
@@ -114,21 +140,29 @@ class AdamW:
             w.parameter.data = w.master
 
     def state(self) -> dict[str, Tensor]:
-        """Both moments, as `<parameter name>/<exp_avg | exp_avg_sq>`."""
-        return {f"{n}/{key}": getattr(w, key) for n, w in self.weights.items() for key in ("exp_avg", "exp_avg_sq")}
+        """What the rules keep, as `<parameter name>/<exp_avg, exp_avg_sq or momentum>`."""
+        return {f"{name}/{key}": value for name, w in self.weights.items() for key, value in w.state.items()}
 
     def load(self, masters: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-        """Inverse of `masters` and `state`. Raises CheckpointError if they are another model's."""
-        for name, w in self.weights.items():
-            for key in ("exp_avg", "exp_avg_sq"):
-                if f"{name}/{key}" not in state:
-                    raise CheckpointError(f"the checkpoint has no optimiser state {name}/{key}; it is of another model")
-                getattr(w, key).copy_(state[f"{name}/{key}"])
+        """Inverse of `masters` and `state`. Raises CheckpointError if they are another model's or optimiser's."""
+        for name, value in self.state().items():
+            if name not in state:
+                raise CheckpointError(
+                    f"the checkpoint has no optimiser state {name}; it is of another model or optimiser"
+                )
+            value.copy_(state[name])
         dtypes = {name: w.parameter.dtype for name, w in self.weights.items()}
         self.release()
         self.model.load_state_dict(masters)
         for name, w in self.weights.items():
             w.parameter.data = w.master.to(dtypes[name])
+
+
+def _copy_out(group: list[Weight]) -> None:
+    """Where parameters are not their own masters."""
+    for w in group:
+        if w.parameter.dtype != w.master.dtype:
+            w.parameter.detach().copy_(w.master)
 
 
 def _norms(grads: list[Tensor]) -> tuple[Tensor, ...]:

@@ -225,6 +225,8 @@ def test_text_shorter_than_a_context(tmp_path: Path, cli: Cli) -> None:
         (("--steps", "0"), ("max_steps is 0",)),
         (("--context", "4096"), ("context is 4096",)),
         (("--learning-rate", "-1"), ("learning_rate is -1",)),
+        (("--optim", "sgd"), ("optimizer is 'sgd'", "muon")),
+        (("--schedule", "step"), ("schedule is 'step'", "trapezoid")),
         (("--minutes", "-1"), ("budget_seconds is -60",)),
         (("--seed", "-1"), ("seed", "-1")),
         (("--seed", 10**20), ("seed is 100000000000000000000",)),

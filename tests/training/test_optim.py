@@ -16,17 +16,19 @@ def make_model(dtype: torch.dtype = torch.float32) -> GPT:
     return GPT(preset("tiny", **shape), dtype)
 
 
-def test_matrices_decay_and_nothing_else_does() -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_each_parameter_has_its_rule(optimizer: str) -> None:
     model = make_model()
-    decayed = optim.is_decayed(model)
-    assert list(decayed) == [name for name, _ in model.named_parameters()]
-    assert {n.split(".")[-2] for n, d in decayed.items() if d} == {"qkv", "proj", "up", "down", "head"}
-    assert all(n.endswith("weight") for n, d in decayed.items() if d)
+    rules = optim.rules(model, optimizer)
+    assert list(rules) == [name for name, _ in model.named_parameters()]
+    hidden = {n for n in rules if n.split(".")[-2] in ("qkv", "proj", "up", "down") and n.endswith("weight")}
+    assert {rules[n] for n in hidden} == {optimizer} and rules["head.weight"] == "adamw"
+    assert {rules[n] for n in rules if n not in hidden | {"head.weight"}} == {"adamw without decay"}
 
 
 def test_a_tied_head_is_an_embedding() -> None:
     model = GPT(preset("tiny"))
-    assert model.head is None and not optim.is_decayed(model)["token_embedding.weight"]
+    assert model.head is None and optim.rules(model, "adamw")["token_embedding.weight"] == "adamw without decay"
 
 
 def test_schedule() -> None:
@@ -37,6 +39,9 @@ def test_schedule() -> None:
     assert optim.learning_rate(config, 99, 1.3) == pytest.approx(0.2)  # a last step may end past the budget
     rates = [optim.learning_rate(config, 10, p / 50) for p in range(51)]
     assert rates == sorted(rates, reverse=True)
+    config = TrainConfig(max_steps=100, learning_rate=2.0, schedule="trapezoid", cooldown=0.2, warmup_steps=4)
+    shares = [optim.learning_rate(config, 10, p) for p in (0.0, 0.8, 0.9, 1.0)]
+    assert shares == pytest.approx([2.0, 2.0, 2.0 * 0.55, 0.2])
 
 
 IDS = torch.arange(32).reshape(2, 16)
@@ -50,11 +55,11 @@ def backward(model: GPT) -> None:
 
 def test_step_equals_plain_adamw() -> None:
     model, plain = make_model(), make_model()
-    optimizer = optim.AdamW(model, TrainConfig(max_steps=1, weight_decay=0.3, grad_clip=math.inf))
-    decayed = optim.is_decayed(plain)
+    optimizer = optim.Optimizer(model, TrainConfig(max_steps=1, weight_decay=0.3, grad_clip=math.inf))
+    rules = optim.rules(plain, "adamw")
     groups = [
-        {"params": [p for n, p in plain.named_parameters() if decayed[n] == d], "weight_decay": 0.3 * d}
-        for d in (True, False)
+        {"params": [p for n, p in plain.named_parameters() if rules[n] == rule], "weight_decay": decay}
+        for rule, decay in (("adamw", 0.3), ("adamw without decay", 0.0))
     ]
     reference = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95))
     for number, rate in enumerate((1e-2, 5e-3, 1e-3), 1):
@@ -74,7 +79,7 @@ def test_step_equals_plain_adamw() -> None:
 def test_masters_keep_what_16_bits_would_lose() -> None:
     """Updates far smaller than a bfloat16 weight's last digit add up, and reach the weights that the model uses."""
     model = GPT(preset("tiny", vocab_size=64, context_length=16), torch.bfloat16)
-    optimizer = optim.AdamW(model, TrainConfig(max_steps=1, weight_decay=0.0))
+    optimizer = optim.Optimizer(model, TrainConfig(max_steps=1, weight_decay=0.0))
     assert {p.dtype for p in model.parameters() if p.dim() >= 2} == {torch.bfloat16}
     assert {p.dtype for p in model.parameters() if p.dim() < 2} == {torch.float32}
     up = optimizer.weights["blocks.0.mlp.up.weight"]
@@ -93,7 +98,7 @@ def test_masters_keep_what_16_bits_would_lose() -> None:
 
 def test_gradients_of_batches_add_up_in_float32() -> None:
     model = GPT(preset("tiny", vocab_size=64, context_length=16), torch.bfloat16)
-    optimizer = optim.AdamW(model, TrainConfig(max_steps=1))
+    optimizer = optim.Optimizer(model, TrainConfig(max_steps=1))
     for value in (1.0, 2**-10):  # whose sum has no bfloat16
         for p in model.parameters():
             p.grad = torch.full_like(p, value)
@@ -104,12 +109,42 @@ def test_gradients_of_batches_add_up_in_float32() -> None:
     assert all(w.total is None for w in optimizer.weights.values())
 
 
+def test_muon_steps_are_orthogonal_and_as_large_as_adamws() -> None:
+    model = make_model()
+    optimizer = optim.Optimizer(model, TrainConfig(max_steps=1, optimizer="muon", weight_decay=0.0))
+    before = {n: w.master.clone() for n, w in optimizer.weights.items()}
+    backward(model)
+    optimizer.step(1e-2, 1, FINE)
+    for name, w in optimizer.weights.items():
+        change = (w.master - before[name]) / 1e-2
+        if "momentum" in w.state:
+            values = torch.linalg.svdvals(change) / (0.2 * max(change.shape) ** 0.5)
+            assert 0.5 < values[:8].min() and values.max() < 1.3, name  # 32 tokens' gradients have a rank of 31
+            assert 0.1 < change.square().mean().sqrt() < 0.3
+            assert (change * model.get_parameter(name).grad).sum() < 0  # downhill
+    assert {len(w.state) for w in optimizer.weights.values()} == {1, 2}
+
+
+def test_muon_learns() -> None:
+    """Falls at least as fast as AdamW at the same rate on a model that both can learn."""
+    losses = {}
+    for name in ("adamw", "muon"):
+        model = make_model()
+        optimizer = optim.Optimizer(model, TrainConfig(max_steps=1, optimizer=name))
+        for number in range(1, 31):
+            backward(model)
+            optimizer.step(3e-3, number, FINE)
+        losses[name] = model.loss(IDS, IDS.flip(0)).item()
+    assert losses["muon"] < 1.0 and losses["muon"] < 1.1 * losses["adamw"], losses
+
+
 @pytest.mark.parametrize("before", [0, 2])  # the very first update, and a later one
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_skipped_step_changes_nothing(before: int, bad: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rule", ["adamw", "muon"])
+def test_a_skipped_step_changes_nothing(before: int, bad: str, dtype: torch.dtype, rule: str) -> None:
     model = make_model(dtype)
-    optimizer = optim.AdamW(model, TrainConfig(max_steps=1))
+    optimizer = optim.Optimizer(model, TrainConfig(max_steps=1, optimizer=rule))  # type: ignore[arg-type]
     for number in range(before):
         backward(model)
         optimizer.step(1e-2, number + 1, FINE)
@@ -132,7 +167,7 @@ def test_a_skipped_step_changes_nothing(before: int, bad: str, dtype: torch.dtyp
 def test_state_of_another_model_is_refused() -> None:
     model = make_model()
     with pytest.raises(CheckpointError, match="token_embedding.weight/exp_avg"):
-        optim.AdamW(model, TrainConfig(max_steps=1)).load(model.state_dict(), {})
+        optim.Optimizer(model, TrainConfig(max_steps=1)).load(model.state_dict(), {})
 
 
 @pytest.mark.parametrize(
