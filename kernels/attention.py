@@ -3,7 +3,8 @@
 Scores are never stored: a program holds a tile of queries and walks the keys with a running maximum and sum. The
 backward pass recomputes them in two kernels, one over key tiles for dk and dv and one over query tiles for dq, so that
 every sum has a fixed order and no atomics are needed (bitwise repeatable). Tensors are (B, T, H, D) with any strides in
-B, T and H. Softmax is in base 2 with fp32 lse; products take the tensors' dtype and accumulate in fp32.
+B, T and H. Softmax is in base 2 with fp32 lse; products take the tensors' dtype and accumulate in fp32. On sm_90 the
+forward pass is `attention_hopper`'s wherever that runs.
 Not supported: head dimensions above 256, float64, dense masks, dropout.
 """
 
@@ -397,6 +398,12 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -
     statistics = torch.empty((2, batch, heads, n_queries), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, statistics
+    if architecture() == 90:
+        from .attention_hopper import attention_hopper_fwd, runs_on_hopper  # Gluon: for this architecture alone
+
+        if runs_on_hopper(q, k, v):
+            attention_hopper_fwd(q, k, v, out, statistics, causal, scale)
+            return out, statistics
     tiles = _tiles(q, "fwd")
     grid = (triton.cdiv(n_queries, tiles.queries) * batch * heads,)
     _attention_fwd_kernel[grid](

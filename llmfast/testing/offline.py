@@ -49,6 +49,7 @@ CASES: list[Case] = [
     *(CrossEntropyCase(2, classes) for classes in (64, 4096, 50304)),
     EmbeddingCase(128, 32, 768),
     *(AttentionCase(1, 256, 256, 2, 1, d, causal) for d in (64, 128, 256) for causal in (False, True)),
+    *(AttentionCase(1, 2048, 2048, 2, 1, 64, causal) for causal in (False, True)),  # three warpgroups on sm_90
 ]
 
 
@@ -98,7 +99,8 @@ def _triton_module(op: str, *_: Any, **__: Any) -> ModuleType:
     return importlib.import_module(next(row.module for row in BACKENDS[op] if row.name == "triton"))
 
 
-def _launches(arch: int, run: Callable[[], object]) -> list[tuple[str, Any]]:
+def launches(arch: int, run: Callable[[], object]) -> list[tuple[str, Any]]:
+    """Names and compiled kernels of all that `run` would launch on sm_<arch> by Triton's backend."""
     with _compiling_for(arch) as compiled, mock.patch.object(registry, "choose", _triton_module):
         run()
     return compiled
@@ -112,13 +114,13 @@ def launched(case: Case, dtype: torch.dtype, arch: int) -> list[tuple[str, Any]]
         outs = outputs(case.ours(*inputs, backend="triton"))
         torch.autograd.grad(outs, inputs, upstream(outs, torch.ones(case.output)))
 
-    return _launches(arch, run)
+    return launches(arch, run)
 
 
-def _resources_of(launches: list[tuple[str, Any]], label: str, arch: int) -> list[Compiled]:
+def _resources_of(compiled: list[tuple[str, Any]], label: str, arch: int) -> list[Compiled]:
     return [
         Compiled(name, label, k.metadata.num_warps, *_resources(k.asm["cubin"], arch), k.metadata.shared)
-        for name, k in launches
+        for name, k in compiled
     ]
 
 
@@ -131,8 +133,8 @@ def compile_adamw(dtype: torch.dtype, arch: int) -> list[Compiled]:
     """The update of float32 parameters from gradients of `dtype`, with copies of it, which is no op of a case."""
     p, m, v, grad, copy = (torch.ones(4, dtype=t) for t in (*[torch.float32] * 3, dtype, dtype))
     scale = torch.ones(())
-    launches = _launches(arch, lambda: ops.adamw_(p, grad, m, v, copy, step=1, learning_rate=0.1, grad_scale=scale))
-    return _resources_of(launches, "adamw", arch)
+    compiled = launches(arch, lambda: ops.adamw_(p, grad, m, v, copy, step=1, learning_rate=0.1, grad_scale=scale))
+    return _resources_of(compiled, "adamw", arch)
 
 
 def main() -> int:

@@ -51,6 +51,13 @@ _ATTENTION_SHAPES = [
     (2, 5, 0, 2, 1, 64),
 ]
 
+# (Tq, Tk) of FlashAttention's own tests (https://github.com/Dao-AILab/flash-attention/blob/main/tests/test_flash_attn.py),
+# for a GPU: parts of a tile, one, many, with and without a rest.
+FLASH_ATTENTION_LENGTHS = [
+    (1, 1), (3, 3), (64, 1), (64, 32), (64, 128), (239, 1), (799, 3), (113, 203), (113, 128), (128, 217), (113, 211),
+    (108, 256), (255, 256), (256, 512), (384, 256), (640, 128), (1023, 1024), (1024, 1023), (2048, 2048), (4224, 4224),
+]  # fmt: skip
+
 _ROPE_SHAPES = [(1, 1, 1, 2), (2, 7, 3, 6), (1, 33, 2, 64), (3, 5, 1, 128), (0, 4, 2, 8), (2, 0, 2, 8)]
 
 _CROSS_ENTROPY_OPTIONS = [
