@@ -384,6 +384,15 @@ def _launch_options(tiles: Tiles, head_dim: int, causal: bool) -> dict[str, Any]
     }
 
 
+def _on_hopper(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether sm_90's own kernels run this. In Gluon, they are imported for that architecture alone."""
+    if architecture() != 90:
+        return False
+    from .hopper import runs_on_hopper
+
+    return runs_on_hopper(q, k, v)
+
+
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """q: (B, Tq, H, D); k, v: (B, Tk, Hkv, D) -> out as q, contiguous; statistics (2, B, H, Tq) float32.
 
@@ -398,12 +407,11 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -
     statistics = torch.empty((2, batch, heads, n_queries), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, statistics
-    if architecture() == 90:
-        from .attention_hopper import attention_hopper_fwd, runs_on_hopper  # Gluon: for this architecture alone
+    if _on_hopper(q, k, v):
+        from .attention_hopper import attention_hopper_fwd
 
-        if runs_on_hopper(q, k, v):
-            attention_hopper_fwd(q, k, v, out, statistics, causal, scale)
-            return out, statistics
+        attention_hopper_fwd(q, k, v, out, statistics, causal, scale)
+        return out, statistics
     tiles = _tiles(q, "fwd")
     grid = (triton.cdiv(n_queries, tiles.queries) * batch * heads,)
     _attention_fwd_kernel[grid](
@@ -417,16 +425,15 @@ def attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The forward's tensors and the gradient of `out` -> dq, dk, dv, contiguous."""
+    if _on_hopper(q, k, v):
+        from .attention_hopper_bwd import attention_hopper_bwd
+
+        return attention_hopper_bwd(dout, q, k, v, out, statistics, causal, scale)
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     batch, n_queries, heads, head_dim = q.shape
     n_keys, kv_heads = k.shape[1], k.shape[2]
     if dq.numel() == 0 or dk.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    if architecture() == 90:
-        from .attention_hopper_bwd import attention_hopper_bwd, runs_on_hopper  # Gluon: for this architecture alone
-
-        if runs_on_hopper(q, k, v):
-            return attention_hopper_bwd(dout, q, k, v, out, statistics, causal, scale)
     sign = math.copysign(1.0, scale) if scale else 0.0
     q, scale = _positive_scale(q, scale)
     dout, q, k, v = _readable(dout), _readable(q), _readable(k), _readable(v)

@@ -6,7 +6,7 @@ softmax while the tensor cores work for the others: they take turns, in a fixed 
 blocks stay on their multiprocessor and take one tile of queries after the other, loading ahead. Keys are walked from
 the last block to the first, so that masks are needed at the start alone.
 
-Supported: bfloat16 and float16, grouped heads, any lengths, strides that TMA takes (`tma_readable`), head dimensions
+Supported: bfloat16 and float16, grouped heads, any lengths, strides that TMA takes, head dimensions
 up to 128 that are multiples of 8; others than 64 and 128 are padded with zeros.
 """
 
@@ -25,9 +25,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ._common import LOG2E, multiprocessors
-from .hopper import head_tiles, named_barrier_arrive, named_barrier_sync, tma_load, tma_readable, tma_store
+from .hopper import head_tiles, named_barrier_arrive, named_barrier_sync, tma_load, tma_store
 
-MAX_HEAD_DIM = 128
 SIZES = ("heads", "group", "n_queries", "n_keys", "n_heads", "section")
 # Keys and values that a section of heads may hold: less than half the L2 cache, so that its tiles find them there.
 SECTION_BYTES = 20 * 2**20
@@ -340,12 +339,6 @@ def _attention_hopper_fwd_kernel(
             [4, 4, 1],
             [160, 160, 24],
         )
-
-
-def runs_on_hopper(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `attention_hopper_fwd` takes these tensors."""
-    fits = q.element_size() == 2 and q.shape[3] <= MAX_HEAD_DIM and q.shape[3] % 8 == 0
-    return fits and all(map(tma_readable, (q, k, v)))
 
 
 def attention_hopper_fwd(

@@ -381,17 +381,6 @@ def _attention_hopper_dq_kernel(
     tl.store(DQ + row * (heads * D) + col, dq.to(DQ.dtype.element_ty), mask=(m0 + row < n_queries) & (col < D))
 
 
-def _readable(x: Tensor) -> bool:
-    """Whether TMA reads x; of an expanded tensor's strides of 0 its documentation says nothing."""
-    return tma_readable(x) and 0 not in x.stride()
-
-
-def runs_on_hopper(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `attention_hopper_bwd` takes these tensors."""
-    fits = q.element_size() == 2 and q.shape[3] <= 128 and q.shape[3] % 8 == 0
-    return fits and all(map(_readable, (q, k, v)))
-
-
 def attention_hopper_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -400,7 +389,7 @@ def attention_hopper_bwd(
     n_keys, kv_heads = k.shape[1], k.shape[2]
     block_d = 64 if head_dim <= 64 else 128
     queries = TILE_QUERIES[block_d]
-    dout = dout if _readable(dout) else dout.contiguous()
+    dout = dout if tma_readable(dout) else dout.contiguous()
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     tiles = batch * heads * triton.cdiv(n_queries, queries)
     rows = torch.empty(tiles * 2 * queries, dtype=torch.float32, device=q.device)

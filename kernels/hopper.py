@@ -51,8 +51,8 @@ def named_barrier_arrive(ID: gl.constexpr, THREADS: gl.constexpr):
 
 def tma_readable(x: Tensor) -> bool:
     """Whether a (B, T, H, D) tensor of 16-bit elements can be addressed by `head_tiles`: unit stride in D, the other
-    strides and the address multiples of 16 bytes."""
-    aligned = all(n == 1 or s % 8 == 0 for n, s in zip(x.shape[:3], x.stride()[:3], strict=True))
+    strides and the address multiples of 16 bytes, no stride 0."""
+    aligned = all(n == 1 or (s > 0 and s % 8 == 0) for n, s in zip(x.shape[:3], x.stride()[:3], strict=True))
     return x.numel() > 0 and x.stride(3) == 1 and aligned and x.data_ptr() % 16 == 0
 
 
@@ -72,3 +72,9 @@ def head_tiles(x: Tensor, rows: int, cols: int) -> TensorDescriptor:
     strides = [s if n > 1 else 8 for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)]
     layout = _layout(rows, cols, x.element_size())
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, cols], layout)
+
+
+def runs_on_hopper(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether attention's kernels for this architecture take these (B, T, H, D) tensors."""
+    fits = q.element_size() == 2 and q.shape[3] <= 128 and q.shape[3] % 8 == 0
+    return fits and all(map(tma_readable, (q, k, v)))

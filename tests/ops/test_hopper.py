@@ -26,7 +26,7 @@ def hopper() -> None:
 
 def test_runs_where_tma_can_read() -> None:
     pytest.importorskip("triton")
-    runs = importlib.import_module("llmfast.kernels.attention_hopper").runs_on_hopper
+    runs = importlib.import_module("llmfast.kernels.hopper").runs_on_hopper
     q, k, v = torch.zeros(2, 5, 3 * 4, 64, dtype=torch.bfloat16).split(4, 2)
     assert runs(q, k, v) and runs(q.half(), k.half(), v.half())
     assert runs(q[..., :40], k[..., :40], v[..., :40]) and not runs(q[..., :36], k[..., :36], v[..., :36])
