@@ -1,0 +1,40 @@
+"""A case of each op: shapes of its inputs, our function and PyTorch's own, and the work that it must do.
+
+`tables` lists those that tests and benchmarks walk; both compare with `llmfast.ops.reference` in float64.
+"""
+
+import torch
+from torch import Tensor
+
+from .attention import AttentionCase
+from .base import Result, Work
+from .embeddings import EmbeddingCase, RopeCase
+from .losses import CrossEntropyCase, LinearCrossEntropyCase
+from .rows import ROW_INPUTS, RowCase
+
+__all__ = [
+    "ROW_INPUTS",
+    "AttentionCase",
+    "Case",
+    "CrossEntropyCase",
+    "EmbeddingCase",
+    "LinearCrossEntropyCase",
+    "Result",
+    "RopeCase",
+    "RowCase",
+    "Work",
+    "make_inputs",
+]
+
+Case = RowCase | CrossEntropyCase | LinearCrossEntropyCase | RopeCase | EmbeddingCase | AttentionCase
+
+
+def make_inputs(
+    case: Case, device: str | torch.device, dtype: torch.dtype, seed: int = 0, scale: float = 1.0
+) -> list[Tensor]:
+    """Normal tensors of the case's shapes and standard deviation `scale`, each needing a gradient."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return [
+        (scale * torch.randn(shape, device=device, generator=generator)).to(dtype).requires_grad_()
+        for shape in case.inputs.values()
+    ]

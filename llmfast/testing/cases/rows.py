@@ -1,0 +1,97 @@
+"""Cases of the ops over rows: softmax, normalisations and activations."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import ops
+from .base import Defaults, Result, Work
+
+
+def _torch_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias)
+
+
+def _torch_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight, 1e-6)
+
+
+def _with_input(norm: Callable[..., Tensor], total: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+    return norm(total, *parameters), total
+
+
+# PyTorch's own function of each op over rows, at the tensors' dtype.
+_TORCH: dict[str, Callable[..., Result]] = {
+    "softmax": lambda x: F.softmax(x, dim=-1),
+    "layer_norm": _torch_layer_norm,
+    "rms_norm": _torch_rms_norm,
+    "add_layer_norm": lambda x, residual, *parameters: _with_input(_torch_layer_norm, x + residual, *parameters),
+    "add_rms_norm": lambda x, residual, *parameters: _with_input(_torch_rms_norm, x + residual, *parameters),
+    "gelu": F.gelu,
+    "bias_gelu": lambda x, bias: F.gelu(x + bias, approximate="tanh"),
+    "swiglu": lambda gate, up: F.silu(gate) * up,
+    "geglu": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
+}
+# Names of each op's tensors, and whether each is a row vector.
+ROW_INPUTS: dict[str, dict[str, bool]] = {
+    "softmax": {"x": False},
+    "layer_norm": {"x": False, "weight": True, "bias": True},
+    "rms_norm": {"x": False, "weight": True},
+    "add_layer_norm": {"x": False, "residual": False, "weight": True, "bias": True},
+    "add_rms_norm": {"x": False, "residual": False, "weight": True},
+    "gelu": {"x": False},
+    "bias_gelu": {"x": False, "bias": True},
+    "swiglu": {"gate": False, "up": False},
+    "geglu": {"gate": False, "up": False},
+}
+_ROW_OPTIONS: dict[str, dict[str, Any]] = {"bias_gelu": {"approximate": "tanh"}}
+# Tensors of (rows, cols) that must be read or written, forward and backward.
+_ROW_PASSES: dict[str, tuple[int, int]] = {
+    "add_layer_norm": (4, 4),
+    "add_rms_norm": (4, 4),
+    "swiglu": (3, 5),
+    "geglu": (3, 5),
+}
+_EPS = {"layer_norm": 1e-5, "rms_norm": 1e-6, "add_layer_norm": 1e-5, "add_rms_norm": 1e-6}
+
+
+@dataclass(frozen=True)
+class RowCase(Defaults):
+    """`op` over (rows, cols)."""
+
+    op: str
+    rows: int
+    cols: int
+
+    @property
+    def label(self) -> str:
+        return f"{self.rows}x{self.cols}"
+
+    @property
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the op's tensors, in order."""
+        shape = (self.rows, self.cols)
+        return {name: shape[1:] if vector else shape for name, vector in ROW_INPUTS[self.op].items()}
+
+    @property
+    def output(self) -> tuple[int, ...]:
+        return self.rows, self.cols
+
+    @property
+    def amplification(self) -> float:
+        """1/sqrt(eps), for the normalisation of a constant row."""
+        return _EPS[self.op] ** -0.5 if self.op in _EPS else 1.0
+
+    def ours(self, *tensors: Tensor, backend: str) -> Result:
+        return getattr(ops, self.op)(*tensors, **_ROW_OPTIONS.get(self.op, {}), backend=backend)
+
+    def torch(self, *tensors: Tensor) -> Result:
+        """PyTorch's own function at the tensors' dtype."""
+        return _TORCH[self.op](*tensors)
+
+    def work(self, direction: str, itemsize: int) -> Work:
+        passes = _ROW_PASSES.get(self.op, (2, 3))[direction == "bwd"]
+        return Work(float(passes * self.rows * self.cols * itemsize), 0.0)
