@@ -3,14 +3,18 @@
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..errors import InputError
 from .config import Config
+
+# More new tokens than these are a prompt, which attention computes faster.
+MAX_DECODED = 16
 
 
 class KVCache:
     """Keys and values of every layer for up to `capacity` tokens: two tensors (n_layer, B, capacity, Hkv, D).
 
-    A forward pass writes each layer's new keys with `append` and then counts them once with `advance`.
+    A forward pass gives each layer's new keys to `attend` or `append` and then counts them once with `advance`.
     """
 
     def __init__(self, config: Config, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -18,6 +22,8 @@ class KVCache:
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
+        self._lengths = torch.zeros(batch, device=device, dtype=torch.int32)
+        self._lengths_hold = 0
 
     @property
     def capacity(self) -> int:
@@ -31,6 +37,24 @@ class KVCache:
         self.keys[layer, :, self.length : end] = k
         self.values[layer, :, self.length : end] = v
         return self.keys[layer, :, :end], self.values[layer, :, :end]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Append (B, T, Hkv, D) and let q, (B, T, H, D), see all keys up to each token's own; -> (B, T, H, D).
+
+        On a GPU a few tokens take the kernel that shares a sequence's keys out; on a CPU `attention` does so itself.
+        """
+        keys, values = self.append(layer, k, v)
+        trained = torch.is_grad_enabled() and (q.requires_grad or keys.requires_grad)
+        if not q.is_cuda or q.shape[1] > MAX_DECODED or trained:
+            return ops.attention(q, keys, values, causal=True)
+        return ops.decode_attention(q, self.keys[layer], self.values[layer], self._device_lengths(keys.shape[1]))
+
+    def _device_lengths(self, length: int) -> Tensor:
+        """(B,) of `length`, made by the first layer of a forward pass."""
+        if self._lengths_hold != length:
+            self._lengths.fill_(length)
+            self._lengths_hold = length
+        return self._lengths
 
     def advance(self, n_tokens: int) -> None:
         self.length += n_tokens

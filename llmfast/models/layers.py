@@ -52,9 +52,8 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)  # (B, T, H or Hkv, D)
         if rotary is not None:
             q, k = ops.rope(q, *rotary), ops.rope(k, *rotary)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        return self.proj(ops.attention(q, k, v, causal=True).flatten(2))
+        out = ops.attention(q, k, v, causal=True) if cache is None else cache.attend(self.layer, q, k, v)
+        return self.proj(out.flatten(2))
 
 
 class MLP(nn.Module):

@@ -1,6 +1,7 @@
 """Launchers over the native ops: tensors in, tensors out, as the Triton kernels' are. The tensors' device decides which
 library runs; rows that are not evenly spaced are copied first."""
 
+import itertools
 from typing import Any
 
 import torch
@@ -221,6 +222,30 @@ def attention_bwd(
 def attention_limits(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> str | None:
     """Why the kernels cannot run this head_dim."""
     return None if q.shape[-1] <= 256 else f"supports head_dim up to 256, not {q.shape[-1]}"
+
+
+def decode_attention_fwd(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, block_table: None, scale: float
+) -> Tensor:
+    """q: (B, Tq, H, D); caches: (B, capacity, Hkv, D) -> out as q. Neighbours of one length run together."""
+    q, k, v = _adjacent(q), _adjacent(k_cache), _adjacent(v_cache)
+    outs, end = [], 0
+    for length, run in itertools.groupby(lengths.clamp(0, k.shape[1]).tolist()):
+        start, end = end, end + len(list(run))
+        keys, values = k[start:end, :length], v[start:end, :length]
+        outs.append(_attention_fwd(q[start:end], keys, values, True, scale, False)[0])
+    return outs[0] if len(outs) == 1 else torch.cat(outs) if outs else torch.empty_like(q)
+
+
+def decode_attention_limits(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, block_table: Tensor | None, scale: float
+) -> str | None:
+    """Why the kernels cannot run this call."""
+    if block_table is not None:
+        return "has no paged cache"
+    if torch.compiler.is_compiling():
+        return "reads the lengths, so it is not traced by torch.compile"
+    return attention_limits(q, k_cache, v_cache, True, scale)
 
 
 def adamw_fwd(

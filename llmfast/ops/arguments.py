@@ -103,31 +103,69 @@ def add_rms_norm(
     return x, residual, weight, eps, offset
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None) -> tuple[Any, ...]:
-    _check_float("attention", q=q, k=k, v=v)
-    for name, t in (("q", q), ("k", k), ("v", v)):
+def _check_attention(op: str, scale: float | None, **tensors: Tensor) -> float:
+    """q, keys and values have four dimensions, one dtype and device, and heads that fit; the scale to use."""
+    _check_float(op, **tensors)
+    (_, q), (k_name, k), (v_name, v) = tensors.items()
+    for name, t in tensors.items():
         if t.dim() != 4:
-            raise InputError(
-                f"attention: {name} has shape {tuple(t.shape)}; it must be (batch, length, heads, head_dim)"
-            )
+            raise InputError(f"{op}: {name} has shape {tuple(t.shape)}; it must be (batch, length, heads, head_dim)")
         if t.dtype != q.dtype:
-            raise InputError(f"attention: {name} has dtype {t.dtype} but q {q.dtype}; cast them to one dtype")
+            raise InputError(f"{op}: {name} has dtype {t.dtype} but q {q.dtype}; cast them to one dtype")
     if k.shape != v.shape:
-        raise InputError(f"attention: k has shape {tuple(k.shape)} but v {tuple(v.shape)}; they must be equal")
-    batch, _, heads, head_dim = q.shape
-    if k.shape[0] != batch or k.shape[3] != head_dim or head_dim == 0:
+        raise InputError(f"{op}: {k_name} has shape {tuple(k.shape)} but {v_name} {tuple(v.shape)}; they must be equal")
+    heads, head_dim = q.shape[2:]
+    if k.shape[3] != head_dim or head_dim == 0:
         raise InputError(
-            f"attention: k has shape {tuple(k.shape)} but q {tuple(q.shape)}; k must be ({batch}, Tk, Hkv, {head_dim})"
+            f"{op}: {k_name} has shape {tuple(k.shape)} but q {tuple(q.shape)}; their head_dim must be the same, not 0"
         )
     if k.shape[2] == 0 or heads % k.shape[2]:
         raise InputError(
-            f"attention: {heads} query heads cannot share {k.shape[2]} key heads; q's heads must be a multiple of k's"
+            f"{op}: {heads} query heads cannot share {k.shape[2]} key heads; q's heads must be a multiple of {k_name}'s"
         )
-    if scale is None:
-        scale = 1.0 / math.sqrt(head_dim)
-    elif not math.isfinite(scale):
-        raise InputError(f"attention: scale is {scale}; it must be finite")
-    return q, k, v, bool(causal), float(scale)
+    if scale is not None and not math.isfinite(scale):
+        raise InputError(f"{op}: scale is {scale}; it must be finite")
+    return 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None) -> tuple[Any, ...]:
+    scale = _check_attention("attention", scale, q=q, k=k, v=v)
+    if k.shape[0] != q.shape[0]:
+        raise InputError(
+            f"attention: k has shape {tuple(k.shape)} but q {tuple(q.shape)}; their batch must be the same"
+        )
+    return q, k, v, bool(causal), scale
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    block_table: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Any, ...]:
+    op, batch = "decode_attention", q.shape[0] if isinstance(q, Tensor) and q.dim() else 0
+    scale = _check_attention(op, scale, q=q, k_cache=k_cache, v_cache=v_cache)
+    for name, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        if t.requires_grad and torch.is_grad_enabled():
+            raise InputError(f"{op}: {name} requires a gradient, and there is none; use no_grad, or attention")
+    _check_kind(op, "lengths", lengths, torch.int32, q.device)
+    if lengths.shape != (batch,):
+        raise InputError(f"{op}: lengths have shape {tuple(lengths.shape)}; they must be ({batch},), one a sequence")
+    if block_table is not None:
+        _check_kind(op, "block_table", block_table, torch.int32, q.device)
+        if block_table.dim() != 2 or block_table.shape[0] != batch:
+            raise InputError(f"{op}: block_table is {tuple(block_table.shape)}; it must be ({batch}, max_pages)")
+        if 0 in k_cache.shape[:2]:
+            raise InputError(f"{op}: k_cache has shape {tuple(k_cache.shape)}; it must hold a page of at least one key")
+    elif k_cache.shape[0] != batch:
+        raise InputError(
+            f"{op}: k_cache has shape {tuple(k_cache.shape)} but q {tuple(q.shape)}; their batch must be the same,"
+            " or give a block_table"
+        )
+    return q, k_cache, v_cache, lengths, block_table, scale
 
 
 def gelu(x: Tensor, *, approximate: str = "none") -> tuple[Any, ...]:
@@ -298,6 +336,7 @@ ARGUMENTS = {
     "softmax": softmax,
     "layer_norm": layer_norm,
     "attention": attention,
+    "decode_attention": decode_attention,
     "rms_norm": rms_norm,
     "add_layer_norm": add_layer_norm,
     "add_rms_norm": add_rms_norm,

@@ -51,6 +51,28 @@ def attention(
     return _run("attention", backend, arguments.attention(q, k, v, causal=causal, scale=scale))
 
 
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    block_table: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention of the last Tq tokens of each sequence over its key-value cache, which holds them already.
+
+    q: (B, Tq, H, D) -> (B, Tq, H, D). k_cache, v_cache: (B, capacity, Hkv, D), or pages (n_pages, page_size, Hkv, D)
+    with block_table (B, max_pages) int32, the page of each page_size keys in turn. lengths: (B,) int32, from 0 to the
+    capacity. Query i sees keys j < lengths[b] - (Tq - 1 - i); one that sees none gives zeros. What lies past the
+    lengths is not read, in the cache or in block_table. Neither lengths nor block_table are waited for, so that a
+    captured graph replays with others. No gradient.
+    """
+    args = arguments.decode_attention(q, k_cache, v_cache, lengths, block_table=block_table, scale=scale)
+    return _run("decode_attention", backend, args)
+
+
 def rms_norm(
     x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, offset: float = 0.0, backend: str | None = None
 ) -> Tensor:

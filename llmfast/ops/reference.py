@@ -84,6 +84,33 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Te
     return out.to(q.dtype)
 
 
+def decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, block_table: Tensor | None, scale: float
+) -> Tensor:
+    """Causal attention of the last Tq tokens of each sequence over a cache of which it holds the first lengths[b] keys.
+
+    q: (B, Tq, H, D); k_cache, v_cache: (B, capacity, Hkv, D), or (n_pages, page_size, Hkv, D) where block_table
+    (B, max_pages) tells the page of each page_size keys in turn (https://arxiv.org/abs/2309.06180). Query i sees keys
+    j < lengths[b] - (Tq - 1 - i); one that sees none gives zeros. Whatever lies past the lengths has no effect.
+    """
+    if block_table is not None:
+        pages = block_table.long().clamp(0, k_cache.shape[0] - 1)
+        k_cache, v_cache = (cache[pages].flatten(1, 2) for cache in (k_cache, v_cache))
+    acc = _accumulation_dtype(q)
+    (n_queries, heads), (capacity, kv_heads) = q.shape[1:3], k_cache.shape[1:3]
+    key, query = (torch.arange(n, device=q.device) for n in (capacity, n_queries))
+    unwritten = key >= lengths[:, None]  # (B, capacity)
+    kh, vh = (t.to(acc).masked_fill(unwritten[..., None, None], 0.0).transpose(1, 2) for t in (k_cache, v_cache))
+    group = heads // kv_heads
+    qh = q.to(acc).unflatten(2, (kv_heads, group)).permute(0, 2, 3, 1, 4)  # (B, Hkv, G, Tq, D)
+    scores = qh.flatten(2, 3) @ kh.transpose(-1, -2) * scale  # (B, Hkv, G Tq, capacity)
+    hidden = key >= (lengths[:, None] - (n_queries - 1) + query)[..., None]  # (B, Tq, capacity)
+    hidden = hidden.repeat(1, group, 1)[:, None]
+    probabilities = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
+    out = probabilities.masked_fill(hidden, 0.0) @ vh  # a row that sees nothing has a softmax of 0 / 0
+    return out.unflatten(2, (group, n_queries)).permute(0, 3, 1, 2, 4).flatten(2, 3).to(q.dtype)
+
+
 def gelu(x: Tensor, approximate: str) -> Tensor:
     """x * Phi(x), Phi by `erf` ("none") or GPT-2's `tanh` (https://arxiv.org/abs/1606.08415)."""
     return bias_gelu(x, None, approximate)

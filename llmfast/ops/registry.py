@@ -31,9 +31,10 @@ Direction = Literal["fwd", "bwd"]
 class Backend:
     """One implementation of one op.
 
-    `module` is imported on first use and supplies `<op>_fwd` and `<op>_bwd` (tensors in, tensors out) and, where it has
-    limits beyond device and dtype, `<op>_limits(*args) -> str | None`, the reason why it cannot run a call. What an
-    op's forward saves for its backward is the same for all backends of a device, so that auto may mix them.
+    `module` is imported on first use and supplies `<op>_fwd` and, if the op has a gradient, `<op>_bwd` (tensors in,
+    tensors out). Where it has limits beyond device and dtype, `<op>_limits(*args) -> str | None` tells the reason why
+    it cannot run a call. What an op's forward saves for its backward is the same for all backends of a device, so that
+    auto may mix them.
     """
 
     name: str
@@ -57,6 +58,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "softmax": (_triton("softmax"), _CUDA, _CPP),
     "layer_norm": (_triton("norm"), _CUDA, _CPP),
     "attention": (_triton("attention"), _CPP),
+    "decode_attention": (_triton("decode_attention"), _CPP),
     "rms_norm": (_triton("norm"), _CUDA, _CPP),
     "add_layer_norm": (_triton("norm"), _CUDA, _CPP),
     "add_rms_norm": (_triton("norm"), _CUDA, _CPP),

@@ -32,11 +32,12 @@ class Comparison(NamedTuple):
 
 def compare(case: Case, inputs: list[Tensor], grad: Tensor, backend: str) -> list[Comparison]:
     """Run the case's op forward and backward on `backend`, on PyTorch's own function and on the float64 truth."""
-    ours = run(lambda *t: case.ours(*t, backend=backend), inputs, grad, inputs[0].dtype)
-    peer = run(case.torch, inputs, grad, inputs[0].dtype)
-    probed = [case.probe(t) for t in inputs]
-    truth = run(lambda *t: case.ours(*t, backend="reference"), probed, case.probe(grad), torch.float64)
-    names = [f"d{name}" for name in case.inputs]
+    probed, probed_grad = [case.probe(t) for t in inputs], case.probe(grad)
+    upstreams = (grad, probed_grad) if case.differentiable else (None, None)
+    ours = run(lambda *t: case.ours(*t, backend=backend), inputs, upstreams[0], inputs[0].dtype)
+    peer = run(case.torch, inputs, upstreams[0], inputs[0].dtype)
+    truth = run(lambda *t: case.ours(*t, backend="reference"), probed, upstreams[1], torch.float64)
+    names = [f"d{name}" for name in case.inputs] if case.differentiable else []
     names = [case.op] * (len(ours) - len(names)) + names
     magnitude = case.amplification * max(_largest(t) for t in (*probed, grad))
     return [
@@ -45,11 +46,12 @@ def compare(case: Case, inputs: list[Tensor], grad: Tensor, backend: str) -> lis
     ]
 
 
-def run(function: Callable[..., Result], inputs: list[Tensor], grad: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """The outputs of `function` at `dtype` and its gradients for an upstream `grad`. Strides of inputs are kept."""
-    leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]
+def run(function: Callable[..., Result], inputs: list[Tensor], grad: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
+    """The outputs of `function` at `dtype`, and gradients for `grad` if there is one. Strides of inputs are kept."""
+    leaves = [t.detach().to(dtype).requires_grad_(grad is not None) for t in inputs]
     outs = outputs(function(*leaves))
-    return [*(out.detach() for out in outs), *torch.autograd.grad(outs, leaves, upstream(outs, grad))]
+    gradients = () if grad is None else torch.autograd.grad(outs, leaves, upstream(outs, grad))
+    return [*(out.detach() for out in outs), *gradients]
 
 
 def outputs(result: Result) -> tuple[Tensor, ...]:

@@ -142,19 +142,20 @@ def _bench_case(
 ) -> list[Row]:
     inputs = make_inputs(case, device, dtype)
     grad = torch.randn(case.output, device=device).to(dtype)
+    directions = DIRECTIONS if case.differentiable else DIRECTIONS[:1]
     rows = []
     for name, function, ours in contenders(case, device, dtype):
         if wanted and name not in wanted:
             continue
         if isinstance(function, str):
-            rows += [Row(case.op, case.label, d, name, ours, None, None, None, None, function) for d in DIRECTIONS]
+            rows += [Row(case.op, case.label, d, name, ours, None, None, None, None, function) for d in directions]
             continue
         accurate, note = None, ""
         if ours:
             comparisons = compare(case, inputs, grad, name)
             accurate = all(c.ok for c in comparisons)
             note = "; ".join(str(c) for c in comparisons if not c.ok)
-        for direction in DIRECTIONS:
+        for direction in directions:
             rows.append(_time(case, direction, name, function, ours, inputs, grad, ceiling, accurate, note))
     return rows
 

@@ -25,7 +25,16 @@ from .. import ops
 from ..ops import registry
 from ..ops.registry import BACKENDS
 from .accuracy import outputs, upstream
-from .cases import AttentionCase, Case, CrossEntropyCase, EmbeddingCase, RopeCase, RowCase, make_inputs
+from .cases import (
+    AttentionCase,
+    Case,
+    CrossEntropyCase,
+    DecodeAttentionCase,
+    EmbeddingCase,
+    RopeCase,
+    RowCase,
+    make_inputs,
+)
 from .tables import BENCHMARK_CASES
 
 
@@ -50,6 +59,8 @@ CASES: list[Case] = [
     EmbeddingCase(128, 32, 768),
     *(AttentionCase(1, 256, 256, 2, 1, d, causal) for d in (64, 128, 256) for causal in (False, True)),
     *(AttentionCase(1, 2048, 2048, 2, 1, 64, causal) for causal in (False, True)),  # three warpgroups on sm_90
+    *(DecodeAttentionCase(1, 1, 2048, 16, h, d, page) for d in (64, 128, 256) for h in (2, 16) for page in (0, 16)),
+    DecodeAttentionCase(1, 8, 2048, 16, 2, 128),
 ]
 
 
@@ -112,7 +123,8 @@ def launched(case: Case, dtype: torch.dtype, arch: int) -> list[tuple[str, Any]]
 
     def run() -> None:
         outs = outputs(case.ours(*inputs, backend="triton"))
-        torch.autograd.grad(outs, inputs, upstream(outs, torch.ones(case.output)))
+        if case.differentiable:
+            torch.autograd.grad(outs, inputs, upstream(outs, torch.ones(case.output)))
 
     return launches(arch, run)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .cases import AttentionCase, Case, CrossEntropyCase, LinearCrossEntropyCase, Result
+from .cases import AttentionCase, Case, CrossEntropyCase, DecodeAttentionCase, LinearCrossEntropyCase, Result
 
 Function = Callable[..., Result]
 
@@ -83,11 +83,11 @@ def _liger_swiglu(case: Case) -> Function:
     return importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction.apply
 
 
-_ATTENTION: dict[str, Callable[[Case], Function]] = {
+_DECODE_ATTENTION: dict[str, Callable[[Case], Function]] = {
     "torch cuDNN": _sdpa(SDPBackend.CUDNN_ATTENTION),
     "torch flash": _sdpa(SDPBackend.FLASH_ATTENTION),
-    "FlashAttention-4": _flash_attention_4,
 }
+_ATTENTION = {**_DECODE_ATTENTION, "FlashAttention-4": _flash_attention_4}
 # Beside PyTorch's own function and torch.compile's of it.
 _LIBRARIES: dict[str, dict[str, Callable[[Case], Function]]] = {
     "softmax": {"QuACK": _quack("softmax"), "Liger": _liger_softmax},
@@ -105,4 +105,6 @@ def peers(case: Case, device: torch.device) -> dict[str, Callable[[Case], Functi
         return {"torch": lambda case: case.torch}
     if isinstance(case, AttentionCase):
         return _ATTENTION
+    if isinstance(case, DecodeAttentionCase):
+        return {} if case.page_size or case.ragged else _DECODE_ATTENTION  # which read neither
     return {"torch": lambda case: case.torch, "torch.compile": _compiled, **_LIBRARIES.get(case.op, {})}

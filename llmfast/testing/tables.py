@@ -5,6 +5,7 @@ from .cases import (
     AttentionCase,
     Case,
     CrossEntropyCase,
+    DecodeAttentionCase,
     EmbeddingCase,
     LinearCrossEntropyCase,
     RopeCase,
@@ -58,6 +59,24 @@ FLASH_ATTENTION_LENGTHS = [
     (108, 256), (255, 256), (256, 512), (384, 256), (640, 128), (1023, 1024), (1024, 1023), (2048, 2048), (4224, 4224),
 ]  # fmt: skip
 
+# (B, Tq, capacity, H, Hkv, D, page size): capacities around the tile sizes, more queries than keys, grouped and single
+# key heads, more rows than a tile, pages smaller and larger than a tile and of no power of two, nothing at all.
+_DECODE_SHAPES = [
+    (1, 1, 1, 1, 1, 16, 0),
+    (4, 1, 300, 8, 1, 64, 0),
+    (3, 1, 129, 4, 4, 128, 0),
+    (3, 4, 200, 6, 3, 96, 0),
+    (4, 16, 190, 8, 1, 32, 0),
+    (3, 5, 3, 2, 2, 40, 0),
+    (2, 2, 70, 2, 1, 256, 0),
+    (4, 1, 304, 8, 2, 64, 16),
+    (3, 3, 256, 4, 4, 128, 256),
+    (5, 2, 70, 4, 2, 24, 7),
+    (0, 1, 8, 2, 2, 64, 0),
+    (2, 0, 8, 2, 2, 64, 0),
+    (2, 1, 0, 2, 1, 64, 0),
+]
+
 _ROPE_SHAPES = [(1, 1, 1, 2), (2, 7, 3, 6), (1, 33, 2, 64), (3, 5, 1, 128), (0, 4, 2, 8), (2, 0, 2, 8)]
 
 _CROSS_ENTROPY_OPTIONS = [
@@ -88,6 +107,9 @@ TEST_CASES: dict[str, list[Case]] = {
         EmbeddingCase(*s) for s in ((1, 1, 1), (7, 3, 5), (300, 40, 300), (0, 5, 8), (100, 1000, 64), (700, 3, 40))
     ],
     "attention": [AttentionCase(*shape, causal) for shape in _ATTENTION_SHAPES for causal in (False, True)],
+    "decode_attention": [
+        DecodeAttentionCase(*shape, ragged=ragged) for shape in _DECODE_SHAPES for ragged in (False, True)
+    ],
 }
 
 
@@ -122,6 +144,14 @@ BENCHMARK_CASES: dict[str, list[Case]] = {
     "linear_cross_entropy": [LinearCrossEntropyCase(32768, 768, 50304), LinearCrossEntropyCase(8192, 4096, 128256)],
     "embedding": [EmbeddingCase(65536, 50304, 768), EmbeddingCase(16384, 128256, 4096), EmbeddingCase(65536, 256, 768)],
     "attention": _attention_benchmark(),
+    # The second a batch of speculative tokens, the third without groups.
+    "decode_attention": [
+        *(DecodeAttentionCase(batch, 1, 16384, 64, 8, 128) for batch in (1, 4, 16, 64)),
+        DecodeAttentionCase(16, 4, 16384, 64, 8, 128),
+        DecodeAttentionCase(4, 1, 16384, 32, 32, 128),
+        DecodeAttentionCase(16, 1, 16384, 64, 8, 128, page_size=16),
+        DecodeAttentionCase(16, 1, 16384, 64, 8, 128, page_size=256),
+    ],
 }
 
 # One small call of each op, which takes longer to launch than to run.
@@ -147,4 +177,5 @@ CPU_BENCHMARK_CASES: dict[str, list[Case]] = {
         *(AttentionCase(1, 1024, 1024, 12, 12, 64, c) for c in (False, True)),
         AttentionCase(8, 128, 128, 3, 3, 64, True),
     ],
+    "decode_attention": [DecodeAttentionCase(1, 1, 4096, 16, 2, 128), DecodeAttentionCase(4, 1, 1024, 12, 12, 64)],
 }

@@ -9,14 +9,14 @@ from llmfast.models import GPT, preset
 
 
 @pytest.fixture(params=["rope", "learned"])
-def model(request) -> GPT:
+def model(request: pytest.FixtureRequest, device: str) -> GPT:
     torch.manual_seed(0)
     model = GPT(
         preset("tiny", vocab_size=61, context_length=16, position=request.param, n_head=4, n_kv_head=2, dropout=0.2)
     )
     for parameter in model.parameters():  # large weights, so that the argmax depends on the whole context
         torch.nn.init.normal_(parameter, std=0.3)
-    return model
+    return model.to(device)
 
 
 @torch.no_grad()
@@ -27,7 +27,8 @@ def naive(model: GPT, prompt: list[int], n: int) -> list[int]:
     for _ in range(n):
         if len(window) > model.config.context_length:
             window = window[-(model.config.context_length // 2) :]
-        out.append(int(model(torch.tensor([window]))[0, -1].argmax()))
+        ids = torch.tensor([window], device=model.token_embedding.weight.device)
+        out.append(int(model(ids)[0, -1].argmax()))
         window.append(out[-1])
     return out
 

@@ -24,6 +24,13 @@ HALF = torch.float16
 ELSEWHERE = "meta"  # a second device that every machine has
 IDS = torch.tensor([0, 1])
 
+
+def decode(**changed: Tensor) -> Tensor:
+    """A right call of decode_attention but for what is changed."""
+    cache = {"k_cache": t(2, 3, 1, 4), "v_cache": t(2, 3, 1, 4), "lengths": torch.tensor([3, 1], dtype=torch.int32)}
+    return ops.decode_attention(**({"q": t(2, 1, 2, 4)} | cache | changed))
+
+
 # (call, how its message starts, what else it names)
 WRONG: list[tuple[Callable[[], object], str, str]] = [
     (lambda: ops.softmax([1.0]), "softmax: x ", "list"),
@@ -60,13 +67,26 @@ WRONG: list[tuple[Callable[[], object], str, str]] = [
     (lambda: ops.attention(*[t(1, 2, 1, 3)] * 2, "v"), "attention: v ", "str"),
     (lambda: ops.attention(t(1, 2, 1, 4), *[t(1, 2, 1, 4, dtype=HALF)] * 2), "attention: k ", "torch.float16 but q"),
     (lambda: ops.attention(t(1, 2, 1, 4), t(1, 2, 1, 4), t(1, 3, 1, 4)), "attention: k ", "(1, 3, 1, 4)"),
-    (lambda: ops.attention(t(2, 2, 1, 4), *[t(1, 2, 1, 4)] * 2), "attention: k ", "(2, Tk, Hkv, 4)"),
-    (lambda: ops.attention(t(1, 2, 1, 4), *[t(1, 2, 1, 8)] * 2), "attention: k ", "(1, Tk, Hkv, 4)"),
+    (lambda: ops.attention(t(2, 2, 1, 4), *[t(1, 2, 1, 4)] * 2), "attention: k ", "but q (2, 2, 1, 4)"),
+    (lambda: ops.attention(t(1, 2, 1, 4), *[t(1, 2, 1, 8)] * 2), "attention: k ", "(1, 2, 1, 8)"),
     (lambda: ops.attention(*[t(1, 2, 1, 0)] * 3), "attention: k ", "(1, 2, 1, 0)"),
     (lambda: ops.attention(t(1, 2, 3, 4), *[t(1, 2, 2, 4)] * 2), "attention: 3 query heads ", "2 key heads"),
     (lambda: ops.attention(t(1, 2, 3, 4), *[t(1, 2, 0, 4)] * 2), "attention: 3 query heads ", "0 key heads"),
     (lambda: ops.attention(*[t(1, 2, 1, 4)] * 3, scale=float("inf")), "attention: scale ", "inf"),
     (lambda: ops.attention(*[t(1, 2, 1, 4)] * 3, scale=float("nan")), "attention: scale ", "nan"),
+    (lambda: decode(lengths=IDS), "decode_attention: lengths ", "torch.int64 on cpu"),
+    (lambda: decode(lengths=IDS[:1].int()), "decode_attention: lengths ", "(2,)"),
+    (lambda: decode(k_cache=t(2, 3, 1, 4, dtype=HALF)), "decode_attention: k_cache ", "torch.float16 but q"),
+    (lambda: decode(v_cache=t(2, 4, 1, 4)), "decode_attention: k_cache ", "v_cache (2, 4, 1, 4)"),
+    (lambda: decode(q=t(3, 1, 2, 4), lengths=t(3).int()), "decode_attention: k_cache ", "block_table"),
+    (lambda: decode(v_cache=t(2, 3, 1, 4).requires_grad_()), "decode_attention: v_cache ", "gradient"),
+    (lambda: decode(block_table=t(2, 1)), "decode_attention: block_table ", "torch.float32 on cpu"),
+    (lambda: decode(block_table=IDS.int()), "decode_attention: block_table ", "(2, max_pages)"),
+    (
+        lambda: decode(k_cache=t(0, 3, 1, 4), v_cache=t(0, 3, 1, 4), block_table=t(2, 1).int()),
+        "decode_attention: k_cache ",
+        "(0, 3, 1, 4)",
+    ),
     (lambda: ops.gelu(t(2, dtype=torch.int64)), "gelu: x ", "torch.int64"),
     (lambda: ops.gelu(t(2), approximate="erf"), "gelu: approximate ", "'none' or 'tanh'"),
     (lambda: ops.bias_gelu(t(2), t(2, dtype=torch.int64)), "bias_gelu: bias ", "torch.int64"),
@@ -147,7 +167,8 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SUPPORTED = [
     pytest.param(op, name, dtype, id=f"{op}-{name}-{str(dtype).removeprefix('torch.')}")
     for op in BACKENDS
-    if op not in ("adamw", "embedding", "linear_cross_entropy")  # whose results are of another shape, or none
+    # Whose results are of another shape, or none, or have no gradient.
+    if op not in ("adamw", "embedding", "linear_cross_entropy", "decode_attention")
     for name, dtypes in [*((row.name, row.dtypes) for row in BACKENDS[op]), ("reference", DTYPES)]
     for dtype in DTYPES
     # Triton's CPU interpreter computes bfloat16 wrongly.

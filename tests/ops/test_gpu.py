@@ -9,6 +9,7 @@ from llmfast.errors import BackendError
 from llmfast.ops.registry import BACKENDS
 from llmfast.testing.accuracy import compare, outputs, upstream
 from llmfast.testing.cases import (
+    ROW_INPUTS,
     AttentionCase,
     Case,
     CrossEntropyCase,
@@ -26,7 +27,7 @@ ROW_OPS = [
     (op, row.name)
     for op in BACKENDS
     for row in BACKENDS[op]
-    if "cuda" in row.devices and op not in ("attention", "rope", "embedding", "adamw", "linear_cross_entropy")
+    if "cuda" in row.devices and op in (*ROW_INPUTS, "cross_entropy")
 ]
 EACH_ROW_OP = pytest.mark.parametrize(("op", "backend"), ROW_OPS)
 

@@ -61,6 +61,8 @@ def test_forward(case: Case, backend: str, device: str, benchmark: Any) -> None:
 
 @EACH
 def test_backward(case: Case, backend: str, device: str, benchmark: Any) -> None:
+    if not case.differentiable:
+        pytest.skip("has no gradient")
     inputs = prepare(case, device, benchmark, "backward")
     outs = outputs(case.ours(*inputs, backend=backend))
     given = upstream(outs, torch.randn_like(outs[0]))

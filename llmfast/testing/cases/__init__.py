@@ -6,7 +6,7 @@
 import torch
 from torch import Tensor
 
-from .attention import AttentionCase
+from .attention import AttentionCase, DecodeAttentionCase
 from .base import Result, Work
 from .embeddings import EmbeddingCase, RopeCase
 from .losses import CrossEntropyCase, LinearCrossEntropyCase
@@ -17,6 +17,7 @@ __all__ = [
     "AttentionCase",
     "Case",
     "CrossEntropyCase",
+    "DecodeAttentionCase",
     "EmbeddingCase",
     "LinearCrossEntropyCase",
     "Result",
@@ -26,15 +27,18 @@ __all__ = [
     "make_inputs",
 ]
 
-Case = RowCase | CrossEntropyCase | LinearCrossEntropyCase | RopeCase | EmbeddingCase | AttentionCase
+Case = (
+    RowCase | CrossEntropyCase | LinearCrossEntropyCase | RopeCase | EmbeddingCase | AttentionCase | DecodeAttentionCase
+)
 
 
 def make_inputs(
     case: Case, device: str | torch.device, dtype: torch.dtype, seed: int = 0, scale: float = 1.0
 ) -> list[Tensor]:
-    """Normal tensors of the case's shapes and standard deviation `scale`, each needing a gradient."""
+    """Normal tensors of the case's shapes and standard deviation `scale`, needing a gradient where the op has one."""
     generator = torch.Generator(device).manual_seed(seed)
-    return [
-        (scale * torch.randn(shape, device=device, generator=generator)).to(dtype).requires_grad_()
-        for shape in case.inputs.values()
+    tensors = [
+        (scale * torch.randn(shape, device=device, generator=generator)).to(dtype) for shape in case.inputs.values()
     ]
+    case.prepare(tensors)
+    return [t.requires_grad_(case.differentiable) for t in tensors]

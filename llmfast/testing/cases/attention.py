@@ -1,5 +1,6 @@
-"""Cases of attention."""
+"""Cases of attention, and of attention over a key-value cache."""
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -80,3 +81,113 @@ class AttentionCase(Defaults):
         flops *= (0.5 if self.causal else 1.0) * (1.0 if direction == "fwd" else 2.5)
         elements = sum(math.prod(shape) for shape in self.inputs.values()) + math.prod(self.inputs["q"])
         return Work(float(elements * itemsize * (1 if direction == "fwd" else 2)), flops)
+
+
+@functools.cache  # a cache makes its tables once
+def _lengths(batch: int, capacity: int, ragged: bool, device: torch.device) -> Tensor:
+    """Full, or a full one, then an empty one, and others spread between."""
+    sequence = torch.arange(batch)
+    spread = torch.where(sequence == 0, capacity, (sequence - 1) * 7919 % (capacity + 1))
+    return (spread if ragged else torch.full((batch,), capacity)).to(device, torch.int32)
+
+
+@functools.cache
+def _block_table(batch: int, max_pages: int, page_size: int, ragged: bool, device: torch.device) -> Tensor:
+    """(batch, max_pages) in no order; -1, which is no page, where a sequence has none."""
+    pages = torch.randperm(batch * max_pages, generator=torch.Generator().manual_seed(0)).view(batch, max_pages)
+    lengths = _lengths(batch, max_pages * page_size, ragged, torch.device("cpu"))
+    used = torch.arange(max_pages) * page_size < lengths[:, None]
+    return torch.where(used, pages, -1).to(device, torch.int32)
+
+
+@dataclass(frozen=True)
+class DecodeAttentionCase(Defaults):
+    """Attention of (batch, n_queries, heads, head_dim) over a cache (batch, capacity, kv_heads, head_dim), or pages."""
+
+    batch: int
+    n_queries: int
+    capacity: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    page_size: int = 0
+    """Keys in a page; 0 for a cache without pages."""
+    ragged: bool = False
+    """Whether lengths differ, and NaN lies past them."""
+    op: str = "decode_attention"
+    differentiable = False
+
+    def looseness(self, result: Tensor) -> float:
+        """As AttentionCase's for a single query, whatever PyTorch does here for several."""
+        return 3.0 if result.dtype == torch.float32 else 2.0
+
+    @property
+    def label(self) -> str:
+        heads = str(self.heads) if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
+        label = f"B{self.batch} T{self.n_queries}/{self.capacity} H{heads} D{self.head_dim}"
+        return label + f" pages of {self.page_size}" * bool(self.page_size) + " ragged" * self.ragged
+
+    @property
+    def plain(self) -> bool:
+        return not self.page_size
+
+    @property
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        slots = (self.batch, self.capacity)
+        if self.page_size:
+            slots = (self.batch * (self.capacity // self.page_size), self.page_size)
+        cache = (*slots, self.kv_heads, self.head_dim)
+        return {"q": self.output, "k_cache": cache, "v_cache": cache}
+
+    @property
+    def output(self) -> tuple[int, ...]:
+        return self.batch, self.n_queries, self.heads, self.head_dim
+
+    def lengths(self, device: torch.device) -> Tensor:
+        return _lengths(self.batch, self.capacity, self.ragged, device)
+
+    def block_table(self, device: torch.device) -> Tensor | None:
+        if not self.page_size:
+            return None
+        return _block_table(self.batch, self.capacity // self.page_size, self.page_size, self.ragged, device)
+
+    def prepare(self, tensors: list[Tensor]) -> None:
+        """NaN past the lengths: in the pages of no sequence, and in the rest of each last page."""
+        written = torch.arange(self.capacity) < self.lengths(torch.device("cpu"))[:, None]
+        table = self.block_table(torch.device("cpu"))
+        if table is not None:
+            slots = torch.zeros(self.inputs["k_cache"][:2], dtype=torch.bool)
+            slots[table[table >= 0].long()] = written.unflatten(1, (-1, self.page_size))[table >= 0]
+            written = slots
+        for cache in tensors[1:]:
+            cache[~written.to(cache.device)] = float("nan")
+
+    def ours(self, *tensors: Tensor, backend: str) -> Tensor:
+        q, k_cache, v_cache = tensors
+        lengths, table = self.lengths(q.device)[-q.shape[0] :], self.block_table(q.device)
+        return ops.decode_attention(q, k_cache, v_cache, lengths, block_table=table, backend=backend)
+
+    def torch(self, *tensors: Tensor) -> Tensor:
+        """F.scaled_dot_product_attention over what the caches hold, with a mask where that is needed."""
+        q, *caches = tensors
+        table = self.block_table(q.device)
+        if table is not None:
+            caches = [cache[table.long()].flatten(1, 2) for cache in caches]
+        key, query = (torch.arange(n, device=q.device) for n in (self.capacity, self.n_queries))
+        lengths, mask = self.lengths(q.device)[:, None], None
+        if self.ragged or self.n_queries > 1:
+            mask = (key < (lengths - self.n_queries + 1 + query)[..., None])[:, None]  # (B, 1, Tq, capacity)
+        if self.ragged:
+            caches = [cache.masked_fill((key >= lengths)[..., None, None], 0.0) for cache in caches]
+        qh, kh, vh = (t.transpose(1, 2) for t in (q, *caches))
+        out = F.scaled_dot_product_attention(qh, kh, vh, attn_mask=mask, enable_gqa=self.heads != self.kv_heads)
+        return (out if mask is None else out.where(mask.any(-1, keepdim=True), 0.0)).transpose(1, 2)
+
+    def probe(self, t: Tensor) -> Tensor:
+        """Of a large one the last batch and key head, as AttentionCase."""
+        return t if self.ragged or self.page_size else t[-1:, :, -(t.shape[2] // self.kv_heads) :]
+
+    def work(self, direction: str, itemsize: int) -> Work:
+        """The keys and values held, once; queries and results."""
+        held = 2 * int(self.lengths(torch.device("cpu")).sum()) * self.kv_heads * self.head_dim
+        return Work(float((held + 2 * math.prod(self.output)) * itemsize), 0.0)

@@ -23,8 +23,13 @@ class Defaults:
         """How far the op can magnify a rounding error of its input."""
         return 1.0
 
+    differentiable = True
+    """Whether the op has a gradient."""
     joint = False
     """Whether backward is timed together with forward, which does part of its work."""
+
+    def prepare(self, tensors: list[Tensor]) -> None:
+        """Change random inputs in place into those of this case."""
 
     def looseness(self, result: Tensor) -> float:
         """How many times PyTorch's error is allowed."""
