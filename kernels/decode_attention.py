@@ -53,13 +53,14 @@ def decode_attention_limits(
 def _splits(tasks: int, n_tiles: int, max_tiles: int, processors: int) -> int:
     """The fewest splits of `n_tiles`, for each of so many tasks, that take at most a tenth longer than the best number.
 
-    Time is counted in tiles that one processor walks after another. A split has at most `max_tiles`.
+    Time is counted in tiles that a processor walks, whose programs come one or else two at a time: a single one that
+    is left over takes as long as two. A split has at most `max_tiles`.
     """
-    fewest = max(1, triton.cdiv(n_tiles, max_tiles))
-    times = {
-        splits: triton.cdiv(tasks * splits, processors) * triton.cdiv(n_tiles, splits)
-        for splits in range(fewest, max(fewest, min(n_tiles, processors)) + 1)
-    }
+    fewest, times = max(1, triton.cdiv(n_tiles, max_tiles)), {}
+    for splits in range(fewest, max(fewest, min(n_tiles, processors)) + 1):
+        programs = tasks * splits
+        pairs = triton.cdiv(programs, 2 * processors)
+        times[splits] = (1 if programs <= processors else 2 * pairs) * triton.cdiv(n_tiles, splits)
     return next(splits for splits, time in times.items() if time <= 1.1 * min(times.values()))
 
 
@@ -67,13 +68,14 @@ def _plan(q: Tensor, kv_heads: int, capacity: int, paged: bool) -> Plan:
     batch, n_queries, heads, head_dim = q.shape
     n_rows = heads // kv_heads * n_queries
     keys = max(16, min(128, TILE_BYTES // (_padded(head_dim) * q.element_size())))
-    rows = min(keys, MAX_ROW_BYTES // q.element_size(), max(16, triton.next_power_of_2(n_rows)))
+    smallest = 1 if q.dtype == torch.float32 else 16  # which is what a tensor core takes
+    rows = min(keys, MAX_ROW_BYTES // q.element_size(), max(smallest, triton.next_power_of_2(n_rows)))
     row_tiles = triton.cdiv(n_rows, rows)
     tasks, n_tiles = batch * kv_heads * row_tiles, triton.cdiv(capacity, keys)
     splits = _splits(tasks, n_tiles, MAX_SPLIT_KEYS // keys, multiprocessors(q.device))
     # Tiles on their way: three take 96 KiB, which not every multiprocessor has, and pay only where rows are few. Behind
     # a load of page numbers Triton spreads the same depth over twice as many stages.
-    depth = 3 if rows == 16 and architecture() in (80, 90, 100, 103) else 2
+    depth = 3 if rows <= 16 and architecture() in (80, 90, 100, 103) else 2
     return Plan(rows, keys, row_tiles, splits, 1 + depth * (2 if paged else 1))
 
 
@@ -229,6 +231,6 @@ def decode_attention_fwd(
     if n_parts:
         _combine_kernel[(batch * n_queries * heads,)](
             partial, maxima, sums, lengths, out, heads, n_queries, capacity, plan.splits,
-            BLOCK_S=COMBINED, num_warps=4, **sizes, **({"launch_pdl": True} if pdl else {}),
+            BLOCK_S=COMBINED, num_warps=2, **sizes, **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
     return out

@@ -26,6 +26,7 @@ class Call:
     ours: bool
     forward_us: float | None
     training_us: float | None
+    """None where the op has no gradient."""
     note: str = ""
 
 
@@ -66,7 +67,8 @@ def measure(op: str, device: torch.device, dtype: torch.dtype, wanted: list[str]
         try:
             with torch.no_grad():
                 forward = microseconds(lambda function=function: function(*inputs), device)
-            yield Call(op, case.label, name, ours, forward, microseconds(train, device))
+            training = microseconds(train, device) if case.differentiable else None
+            yield Call(op, case.label, name, ours, forward, training)
         except Exception as error:  # a peer may refuse a shape with any error: the table shows which
             if ours:
                 raise

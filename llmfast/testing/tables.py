@@ -144,13 +144,12 @@ BENCHMARK_CASES: dict[str, list[Case]] = {
     "linear_cross_entropy": [LinearCrossEntropyCase(32768, 768, 50304), LinearCrossEntropyCase(8192, 4096, 128256)],
     "embedding": [EmbeddingCase(65536, 50304, 768), EmbeddingCase(16384, 128256, 4096), EmbeddingCase(65536, 256, 768)],
     "attention": _attention_benchmark(),
-    # The second a batch of speculative tokens, the third without groups.
     "decode_attention": [
         *(DecodeAttentionCase(batch, 1, 16384, 64, 8, 128) for batch in (1, 4, 16, 64)),
-        DecodeAttentionCase(16, 4, 16384, 64, 8, 128),
+        *(DecodeAttentionCase(16, tokens, 16384, 64, 8, 128) for tokens in (4, 8)),
         DecodeAttentionCase(4, 1, 16384, 32, 32, 128),
-        DecodeAttentionCase(16, 1, 16384, 64, 8, 128, page_size=16),
-        DecodeAttentionCase(16, 1, 16384, 64, 8, 128, page_size=256),
+        *(DecodeAttentionCase(16, 1, 16384, 64, 8, 128, page) for page in (16, 256)),
+        DecodeAttentionCase(16, 1, 16384, 64, 8, 128, ragged=True),
     ],
 }
 
@@ -162,6 +161,7 @@ SMALL_CASES: dict[str, Case] = {
     "linear_cross_entropy": LinearCrossEntropyCase(64, 64, 768),
     "embedding": EmbeddingCase(64, 768, 64),
     "attention": AttentionCase(1, 64, 64, 12, 12, 64, True),
+    "decode_attention": DecodeAttentionCase(1, 1, 1024, 12, 12, 64),
 }
 
 # What a machine without a GPU runs instead.

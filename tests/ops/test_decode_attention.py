@@ -101,6 +101,7 @@ def test_splits_keep_the_processors_busy() -> None:
                 time = math.ceil(tasks * splits / 132) * math.ceil(tiles / splits)
                 assert tasks * tiles / 132 / time > 0.85
     assert [kernels._splits(tasks, 256, 64, 132) for tasks in (8, 32, 128)] == [16, 4, 4]
+    assert kernels._splits(128, 192, 64, 132) == 4  # not 3, of which a processor would run two, then one
 
 
 @pytest.mark.gpu

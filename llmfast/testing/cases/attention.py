@@ -93,8 +93,9 @@ def _lengths(batch: int, capacity: int, ragged: bool, device: torch.device) -> T
 
 @functools.cache
 def _block_table(batch: int, max_pages: int, page_size: int, ragged: bool, device: torch.device) -> Tensor:
-    """(batch, max_pages) in no order; -1, which is no page, where a sequence has none."""
-    pages = torch.randperm(batch * max_pages, generator=torch.Generator().manual_seed(0)).view(batch, max_pages)
+    """(batch, max_pages) in disorder, that of multiples of the golden ratio; -1, no page, where a sequence has none."""
+    scattered = torch.arange(batch * max_pages, dtype=torch.float64) * (5**0.5 - 1) / 2 % 1.0
+    pages = scattered.argsort().view(batch, max_pages)
     lengths = _lengths(batch, max_pages * page_size, ragged, torch.device("cpu"))
     used = torch.arange(max_pages) * page_size < lengths[:, None]
     return torch.where(used, pages, -1).to(device, torch.int32)
