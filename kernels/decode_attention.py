@@ -49,7 +49,7 @@ def decode_attention_limits(
     return None
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _splits(tasks: int, n_tiles: int, max_tiles: int, processors: int) -> int:
     """The fewest splits of `n_tiles`, for each of so many tasks, that take at most a tenth longer than the best number.
 
