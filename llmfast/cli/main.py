@@ -17,6 +17,8 @@ from ..errors import LLMFastError
 COMMANDS = {
     "train": ("llmfast.cli.train:train", "Train a model; with no arguments, the main job on Python's own source."),
     "generate": ("llmfast.cli.generate:generate", "Continue a text with a trained model."),
+    "eval": ("llmfast.cli.evaluate:evaluate", "Score a model on a text: bits per byte, baselines, loss by position."),
+    "plot": ("llmfast.cli.plot:plot", "Draw the curves of one or several runs."),
     "data": ("llmfast.cli.data:data", "Prepare a text for training: tokenizer, token shards and manifest."),
     "tokenizer": ("llmfast.cli.tokenizer:tokenizer", "Train a tokenizer, or encode and decode with one."),
     "bench": ("llmfast.cli.bench:bench", "Time an op on every backend against the reference."),

@@ -21,6 +21,7 @@ except ImportError:  # Windows
 RUNS = Path("runs")
 CONFIG = "config.json"
 LOCK = ".lock"
+METRICS = "metrics.jsonl"
 
 
 def newest_run() -> Path:

@@ -26,16 +26,16 @@ from ..files import write_atomic
 from ..models import GPT, preset
 from ..training import Result
 from ..training import train as run_loop
-from ..training.metrics import draw_loss, read_metrics
+from ..training.metrics import read_metrics
+from ..training.plots import draw_loss
 from ..training.progress import Progress
 from .backends import explain_ops
 from .corpus import is_data_folder, open_data, read_ladder
 from .defaults import DEFAULTS
 from .generate import stream
 from .plan import DTYPES, Plan, describe, make_plan
-from .runs import CONFIG, LOCK, RUNS, load_model, locked, read_config, run_folder
+from .runs import CONFIG, LOCK, METRICS, RUNS, load_model, locked, read_config, run_folder
 
-METRICS = "metrics.jsonl"
 SAMPLE_PROMPT_TOKENS = 24  # of the validation text, which the finished model continues
 
 

@@ -2,5 +2,6 @@
 
 from .ladder import Rung, ladder, witten_bell
 from .loss import bits_per_byte
+from .position import loss_by_position
 
-__all__ = ["Rung", "bits_per_byte", "ladder", "witten_bell"]
+__all__ = ["Rung", "bits_per_byte", "ladder", "loss_by_position", "witten_bell"]

@@ -325,6 +325,31 @@ def test_tokenizer_replaces_nothing_but_tokenizers(text: Path, tmp_path: Path, c
     assert not (tmp_path / "d").exists()
 
 
+def test_eval_and_plot(data: Path, text: Path, tmp_path: Path, cli: Cli) -> None:
+    """Of a trained run: figures that agree with each other and with the run's own, and pictures."""
+    run, picture, figures = tmp_path / "run", tmp_path / "position.png", tmp_path / "eval.json"
+    assert cli("train", "--data", data, *TRAIN, "--steps", 6, "--out", run)[0] == 0
+    code, out, _ = cli("eval", run, "--json", figures, "--plot", picture, "--device", "cpu")
+    result = json.loads(figures.read_text())
+    assert code == 0 and "trigram" in out and f"{result['bits_per_byte']:.3f}" in out and "16 to 31" in out
+    record = json.loads((run / "record.json").read_text())
+    assert result["bits_per_byte"] == pytest.approx(record["result"]["val_bpb"], rel=1e-3)
+    assert result["ladder"] == record["ladder"] and len(result["loss_by_position"]) == 32
+    assert result["nats_per_token"] == pytest.approx(sum(result["loss_by_position"]) / 32, rel=0.05)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    short = tmp_path / "short.txt"
+    short.write_text(text.read_text()[:3000])
+    code, out, _ = cli("eval", run, "--text", short, "--context", 16, "--device", "cpu")
+    assert code == 0 and "short.txt" in out and "trigram" not in out and "8 to 15" in out
+    for content, said in ((b"", "is empty"), (b"\xff\xfe", "is not UTF-8")):
+        short.write_bytes(content)
+        refused(cli("eval", run, "--text", short, "--device", "cpu"), "short.txt", said)
+    refused(cli("eval", run, "--context", 4096, "--device", "cpu"), "context is 4096")
+    code, out, _ = cli("plot", run, run, "--out", tmp_path / "runs.png")
+    assert code == 0 and "6 steps" in out and (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
+    refused(cli("plot", tmp_path), "is not a run")
+
+
 def test_one_process_trains_a_run(data: Path, tmp_path: Path, cli: Cli) -> None:
     fcntl = pytest.importorskip("fcntl")
     run = tmp_path / "run"

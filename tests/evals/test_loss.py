@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llmfast.errors import InputError
-from llmfast.evals import bits_per_byte
+from llmfast.evals import bits_per_byte, loss_by_position
 from llmfast.models import GPT, preset
 
 CONTEXT = 16
@@ -83,3 +83,25 @@ def test_out_of_memory_halves_the_batch(model: GPT, monkeypatch: pytest.MonkeyPa
 def test_refused(model: GPT, options: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         bits_per_byte(model, **({"tokens": np.zeros(9, np.uint16), "n_bytes": 10, "context": CONTEXT} | options))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_loss_by_position_equals_token_by_token(model: GPT, batch_size: int) -> None:
+    """Windows of 8 over 45 tokens: five whole ones, the rest left out; dropout stays off."""
+    tokens = np.random.default_rng(0).integers(0, 50, 45)
+    expected = np.zeros(8)
+    with torch.no_grad():
+        for start in range(0, 40, 8):
+            for p in range(8):
+                logits = model.eval()(torch.from_numpy(tokens[start : start + p + 1])[None])[0, -1]
+                expected[p] -= logits.double().log_softmax(-1)[tokens[start + p + 1]].item() / 5
+    model.train()
+    np.testing.assert_allclose(loss_by_position(model, tokens, 8, batch_size), expected, rtol=1e-5)
+    assert model.training
+
+
+def test_loss_by_position_refuses() -> None:
+    model = GPT(preset("tiny", vocab_size=50, context_length=CONTEXT))
+    for tokens, context in ((9, CONTEXT + 1), (9, 0), (8, 8)):
+        with pytest.raises(InputError, match="context|window"):
+            loss_by_position(model, np.zeros(tokens, dtype=np.int64), context)

@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from llmfast.training import Evaluation, Step
-from llmfast.training.metrics import MetricsFile, _smooth, draw_loss, read_metrics
+from llmfast.training.metrics import MetricsFile, read_metrics
+from llmfast.training.plots import _smooth, draw_loss
 from llmfast.training.progress import Progress
 
 

@@ -1,0 +1,105 @@
+"""`llmfast eval`: how well a run's model predicts a text, and how that depends on the context it sees."""
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .. import evals, hardware, ops
+from ..data import Dataset
+from ..errors import InputError
+from ..files import write_atomic
+from ..models import GPT
+from ..tokenizers import Tokenizer
+from ..training.plots import draw_positions
+from .corpus import read_ladder
+from .plan import Plan
+from .runs import load_model, read_config, run_folder
+
+
+def evaluate(
+    run: Annotated[str | None, typer.Argument(help="A run folder; the newest under runs/ by default.")] = None,
+    text: Annotated[Path | None, typer.Option(help="A text file; by default the run's validation text.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens that a prediction sees at most; the run's.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows computed at once.")] = 8,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the loss by position into this PNG.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:<number>.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Kernel backend: auto, reference, triton.")] = None,
+) -> None:
+    """Bits per byte and loss of a run's model on a text, beside the baselines, and its loss by position."""
+    console, where, folder = Console(), hardware.device(device), run_folder(run)
+    plan = Plan.from_dict(read_config(folder), folder)
+    with ops.use_backend(backend or ops.current_backend()):
+        warn = lambda message: console.print(message, highlight=False, markup=False, soft_wrap=True)  # noqa: E731
+        model, tokenizer = load_model(folder, where, hardware.compute_dtype(where), warn)
+        data = Dataset.open(plan.data) if text is None else None
+        tokens = data.tokens("val") if data else _encode(text, tokenizer)
+        with console.status("scoring"):
+            result = score(model, tokenizer, tokens, context or plan.training.context, batch_size)
+    result["text"] = str(text) if text else f"validation text of {plan.data}"
+    if data is not None:
+        result["ladder"] = {rung.name: rung.bits_per_byte for rung in read_ladder(data, console)}
+    console.print(f"{result['text']}: {result['tokens']:,} tokens, {result['bytes']:,} bytes", highlight=False)
+    console.print(_baselines(result))
+    console.print(_positions(result["loss_by_position"]))
+    if plot is not None:
+        draw_positions(np.array(result["loss_by_position"]), plot)
+        console.print(f"picture: {plot}", highlight=False, soft_wrap=True)
+    if json_file is not None:
+        write_atomic(json_file, (json.dumps(result, indent=1) + "\n").encode())
+
+
+def score(model: GPT, tokenizer: Tokenizer, tokens: np.ndarray, context: int, batch_size: int) -> dict[str, Any]:
+    """What `evaluate` prints, of tokens behind an end of text: bits per byte over windows that advance by half."""
+    n_bytes = len(tokenizer.decode_bytes(tokens[tokens != tokenizer.eot_id]))
+    tokens = np.concatenate(([tokenizer.eot_id], tokens))
+    bpb = evals.bits_per_byte(model, tokens, n_bytes, context, None, batch_size)
+    by_position = evals.loss_by_position(model, tokens, min(context, len(tokens) - 1), batch_size)
+    return {
+        "tokens": len(tokens) - 1,
+        "bytes": n_bytes,
+        "context": context,
+        "bits_per_byte": bpb,
+        "nats_per_token": bpb * math.log(2) * n_bytes / (len(tokens) - 1),
+        "loss_by_position": by_position.tolist(),
+    }
+
+
+def _encode(path: Path | None, tokenizer: Tokenizer) -> np.ndarray:
+    assert path is not None
+    try:
+        ids = tokenizer.encode(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 text (byte {error.start}); convert it first") from None
+    if len(ids) < 1:
+        raise InputError(f"{path}: is empty; give a text")
+    return np.array([*ids, tokenizer.eot_id])
+
+
+def _baselines(result: dict[str, Any]) -> Table:
+    table = Table("", "bits/byte")
+    table.columns[1].justify = "right"
+    rungs = sorted((result.get("ladder") or {}).items(), key=lambda rung: -rung[1])
+    for name, bpb in rungs:
+        table.add_row(name, f"{bpb:.3f}")
+    table.add_row("the model", f"{result['bits_per_byte']:.3f}", style="bold")
+    table.caption = f"{result['nats_per_token']:.3f} nats a token, context {result['context']}"
+    return table
+
+
+def _positions(losses: list[float]) -> Table:
+    """Means over positions that double."""
+    table = Table("tokens seen before", "nats per token")
+    table.columns[1].justify = "right"
+    first = 1
+    while first <= len(losses):
+        last = min(2 * first - 1, len(losses))
+        table.add_row(f"{first} to {last}" if last > first else str(first), f"{np.mean(losses[first - 1 : last]):.3f}")
+        first = last + 1
+    return table
