@@ -59,6 +59,7 @@ def train(
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:<number>.")] = None,
     backend: Annotated[str | None, typer.Option(help="Kernel backend: auto, reference, triton.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail where auto would fall back to the reference.")] = False,
+    cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Replay a GPU's passes as one graph.")] = False,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="The same bits each time.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would cost, and exit.")] = False,
 ) -> None:
@@ -74,6 +75,7 @@ def train(
         "optimizer": optim,
         "schedule": schedule,
         "seed": seed,
+        "cuda_graph": cuda_graph or None,
         "deterministic": deterministic or None,
     }
     with ops.use_backend(backend or ops.current_backend(), strict=strict):

@@ -52,8 +52,9 @@ class TrainConfig:
     """Of dropout; 0 or more."""
     budget_seconds: float | None = None
     """Wall-clock seconds, evaluations and saves counted, after which the schedule is complete at whatever step."""
-    cuda_graph: bool = True
-    """On a GPU, record the forward and backward pass of a batch once and replay it, which saves launching it."""
+    cuda_graph: bool = False
+    """On a GPU, record the forward and backward pass of a batch once and replay it: saves launching its kernels, and
+    keeps its memory for itself."""
     deterministic: bool = False
     """Refuse operations that may give other bits on the same machine (torch.use_deterministic_algorithms)."""
 

@@ -40,6 +40,7 @@ def run(
     corpus_hash: str = "c",
     dropout: float = 0.2,
     device: str = "cpu",
+    cuda_graph: bool = False,
 ) -> Silent:
     """Train the tiny preset with dropout. Evaluations give `bpb` in turn; fetching batch `kill_at` kills.
 
@@ -60,6 +61,7 @@ def run(
         save_every=4,
         eval_every=4,
         deterministic=device != "cpu",
+        cuda_graph=cuda_graph,
     )
     torch.manual_seed(1)
     model = GPT(preset("tiny", dropout=dropout), torch.float32 if device == "cpu" else torch.bfloat16).to(device)
@@ -162,8 +164,10 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_too(tmp_path: Path) -> None:
-    assert in_a_process(tmp_path / "whole", device="cuda") == 0
-    assert in_a_process(tmp_path / "killed", device="cuda", kill_at=21) == -signal.SIGKILL
-    assert in_a_process(tmp_path / "killed", device="cuda", resume=True, bpb=(3.0, 5.0, 2.0)) == 0
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_on_a_gpu_too(cuda_graph: bool, tmp_path: Path) -> None:
+    options = {"device": "cuda", "cuda_graph": cuda_graph}
+    assert in_a_process(tmp_path / "whole", **options) == 0
+    assert in_a_process(tmp_path / "killed", kill_at=21, **options) == -signal.SIGKILL
+    assert in_a_process(tmp_path / "killed", resume=True, bpb=(3.0, 5.0, 2.0), **options) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
