@@ -44,6 +44,8 @@ class TrainConfig:
     """Decay a step of AdamW's mean and mean square of the gradients."""
     grad_clip: float = 1.0
     """Largest L2 norm of all gradients together; infinity for no limit."""
+    spike_threshold: float = math.inf
+    """An update is left out where its gradient norm is this many standard deviations above the recent ones' mean."""
     eval_every: int = 100
     """Steps between evaluations; one more follows the last step."""
     save_every: int = 100
@@ -67,6 +69,8 @@ class TrainConfig:
         self._check(
             "grad_clip", self.grad_clip == math.inf or (_is_number(self.grad_clip) and self.grad_clip > 0), "positive"
         )
+        spike = self.spike_threshold
+        self._check("spike_threshold", spike == math.inf or (_is_number(spike) and spike > 0), "positive")
         self._check("min_lr_ratio", _is_number(self.min_lr_ratio) and 0 <= self.min_lr_ratio <= 1, "in [0, 1]")
         self._check("cooldown", _is_number(self.cooldown) and 0 <= self.cooldown <= 1, "in [0, 1]")
         for name, choices in (("schedule", Schedule), ("optimizer", OptimizerName)):

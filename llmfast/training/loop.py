@@ -62,8 +62,8 @@ def train(
 
     Writes `run_dir/metrics.jsonl`, `run_dir/checkpoints/step-N` and, after each evaluation that is the best so far, its
     weights in `run_dir/best/step-N`. With `resume` the newest undamaged checkpoint is continued. A failed save or an
-    evaluation that runs out of memory is reported and training goes on. An update whose loss or gradient is not finite
-    is left out; ten in a row raise LLMFastError after a save.
+    evaluation that runs out of memory is reported and training goes on. An update whose loss or gradient is not finite,
+    or whose gradient stands out (`spike_threshold`), is left out; ten in a row raise LLMFastError after a save.
     """
     config.check_fits(model.config.context_length)
     was_deterministic = torch.are_deterministic_algorithms_enabled()
@@ -108,7 +108,7 @@ class _Run:
         self.reported_tokens = 0
         self.seconds_before = 0.0  # of the processes this one resumes
         self.started = self.reported_at = time.perf_counter()
-        self.unreported: list[tuple[int, int, float, Tensor]] = []  # step, tokens, lr, [loss, grad norm] on the device
+        self.unreported: list[tuple[int, int, float, Tensor]] = []  # step, tokens, lr, [loss, norm, made] on device
 
     @property
     def seconds(self) -> float:
@@ -144,11 +144,12 @@ class _Run:
                     self.save()
                     raise LLMFastError(
                         f"{self.skipped_in_a_row} steps in a row up to step {self.step} had a loss or gradient that is"
-                        " not finite; the weights before them are saved, lower the learning rate or check the data"
+                        " not finite or stands out; the weights before them are saved, lower the learning rate or"
+                        " check the data"
                     )
 
     def update(self) -> None:
-        """One step: gradients of all its batches, and the update of the weights unless they are not finite."""
+        """One step: gradients of all its batches, and the update of the weights unless it is to be left out."""
         config, rate = self.config, optim.learning_rate(self.config, self.step, self.progress)
         self.model.train()
         batches = [self.batches(self.step * config.accumulation + i) for i in range(config.accumulation)]
@@ -159,10 +160,10 @@ class _Run:
             loss = loss + self.gradients(batch, count / max(1, sum(valid)))
             if len(batches) > 1:
                 self.optimizer.add_gradients()
-        norm = self.optimizer.step(rate, self.step + 1, loss)
+        outcome = self.optimizer.step(rate, self.step + 1, loss)
         self.step += 1
         self.tokens += sum(valid)
-        self.unreported.append((self.step, self.tokens, rate, torch.stack((loss, norm))))
+        self.unreported.append((self.step, self.tokens, rate, torch.cat((loss[None], outcome))))
 
     def report_steps(self) -> None:
         """Fetch the losses of the steps since the last call, and write and report them."""
@@ -172,8 +173,8 @@ class _Run:
         now = time.perf_counter()
         tok_s = (self.tokens - self.reported_tokens) / (now - self.reported_at)
         steps = []
-        for (step, tokens, rate, _), (loss, norm) in zip(self.unreported, values, strict=True):
-            skipped = not (math.isfinite(loss) and math.isfinite(norm))
+        for (step, tokens, rate, _), (loss, norm, made) in zip(self.unreported, values, strict=True):
+            skipped = made == 0.0
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
             steps.append(Step(step, tokens, loss, rate, norm, tok_s, self.seconds, skipped))
             if skipped:

@@ -16,7 +16,7 @@ class Step:
 
     `tokens` trained on so far, training `loss` in nats a token, `lr` the learning rate, `grad_norm` before clipping,
     `tok_s` tokens a second since the previous measurement, `seconds` of the run so far. `skipped`: loss or norm was not
-    finite (and is null in the file), and the update was left out.
+    finite (and is null in the file) or stood out, and the update was left out.
     """
 
     step: int

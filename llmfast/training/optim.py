@@ -13,6 +13,7 @@ from ..errors import CheckpointError
 from ..models import GPT
 from . import muon
 from .config import TrainConfig
+from .spikes import SpikeDetector
 
 Rule = Literal["adamw", "adamw without decay", "muon"]
 
@@ -83,6 +84,7 @@ class Optimizer:
             weight = Weight(parameter, master, {key: torch.zeros_like(master) for key in kept})
             self.weights[name] = weight
             self.groups.setdefault((rule, parameter.dtype), []).append(weight)
+        self.spikes = SpikeDetector(config.spike_threshold, next(model.parameters()).device)
 
     def add_gradients(self) -> None:
         """Add a batch's gradients, which `.grad` holds, to the step's, in float32."""
@@ -94,14 +96,15 @@ class Optimizer:
     def step(self, rate: float, number: int, loss: Tensor) -> Tensor:
         """Update number `number`, counted from 1, by the gradients added up, or else by those in `.grad`.
 
-        Returns their L2 norm before clipping, a scalar on the device. Where it or `loss` is not finite, nothing at all
-        is changed, by a decision taken on the device, for which the host does not wait.
+        Returns their L2 norm before clipping and whether the update was made, (2,) on the device. Where the norm stands
+        out, or it or `loss` is not finite, nothing at all is changed: the host does not wait for that decision.
         """
         groups = [(key, group, [w.gradient for w in group]) for key, group in self.groups.items()]
         norms = [n for *_, grads in groups for n in _norms(grads)]
         norm = torch.linalg.vector_norm(torch.stack(norms))
         scale = (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
-        scale = torch.where(torch.isfinite(norm) & torch.isfinite(loss), scale, torch.nan)
+        made = self.spikes.judge(norm, torch.isfinite(norm) & torch.isfinite(loss))
+        scale = torch.where(made, scale, torch.nan)
         for (rule, _), group, grads in groups:
             if rule == "muon":
                 self._muon(group, grads, rate, scale)
@@ -109,7 +112,7 @@ class Optimizer:
                 self._adamw(group, grads, rate, number, scale, 0.0 if "without" in rule else self.config.weight_decay)
         for w in self.weights.values():
             w.total = None
-        return norm
+        return torch.stack((norm, made.float()))
 
     def _adamw(
         self, group: list[Weight], grads: list[Tensor], rate: float, number: int, scale: Tensor, weight_decay: float
@@ -140,11 +143,13 @@ class Optimizer:
             w.parameter.data = w.master
 
     def state(self) -> dict[str, Tensor]:
-        """What the rules keep, as `<parameter name>/<exp_avg, exp_avg_sq or momentum>`."""
-        return {f"{name}/{key}": value for name, w in self.weights.items() for key, value in w.state.items()}
+        """What the rules keep, as `<parameter name>/<exp_avg, exp_avg_sq or momentum>`, and the norms seen."""
+        kept = {f"{name}/{key}": value for name, w in self.weights.items() for key, value in w.state.items()}
+        return kept | {"gradient norms": self.spikes.seen}
 
     def load(self, masters: dict[str, Tensor], state: dict[str, Tensor]) -> None:
         """Inverse of `masters` and `state`. Raises CheckpointError if they are another model's or optimiser's."""
+        state = {"gradient norms": torch.zeros_like(self.spikes.seen)} | state  # older runs did not keep them
         for name, value in self.state().items():
             if name not in state:
                 raise CheckpointError(

@@ -132,6 +132,17 @@ def test_a_step_that_is_not_finite_is_left_out(tmp_path: Path, monkeypatch: pyte
     assert report.messages[0].startswith("step 6 skipped: loss nan")
 
 
+def test_a_spike_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient 1000 times as large as others, in update 56 only; without the threshold it would be made."""
+    real, calls = GPT.loss, iter(range(10**6))
+    monkeypatch.setattr(GPT, "loss", lambda self, x, y: real(self, x, y) * (1000.0 if next(calls) % 60 == 55 else 1.0))
+    for threshold, skipped in ((20.0, [56]), (float("inf"), [])):
+        run(tmp_path / str(threshold), max_steps=60, learning_rate=1e-4, spike_threshold=threshold)
+        records = read_metrics(tmp_path / str(threshold) / "metrics.jsonl")
+        assert [r["step"] for r in records if r["skipped"]] == skipped
+        assert records[55]["grad_norm"] > 100 * records[54]["grad_norm"]
+
+
 def test_ten_skipped_in_a_row_stop_with_a_saved_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch, lambda call: call >= 3 and call != 7)
     with pytest.raises(LLMFastError, match="1[0-9] steps in a row .* lower the learning rate"):

@@ -8,6 +8,7 @@ import torch
 from llmfast.errors import CheckpointError, InputError
 from llmfast.models import GPT, preset
 from llmfast.training import TrainConfig, optim
+from llmfast.training.spikes import SpikeDetector
 
 
 def make_model(dtype: torch.dtype = torch.float32) -> GPT:
@@ -67,7 +68,8 @@ def test_step_equals_plain_adamw() -> None:
         for p, q in zip(model.parameters(), plain.parameters(), strict=True):
             assert p.grad is not None
             q.grad = p.grad.clone()
-        norm = optimizer.step(rate, number, FINE)
+        norm, made = optimizer.step(rate, number, FINE)
+        assert made == 1.0
         assert norm == pytest.approx(torch.nn.utils.get_total_norm([q.grad for q in plain.parameters()]).item())  # type: ignore
         for group in reference.param_groups:
             group["lr"] = rate
@@ -155,13 +157,50 @@ def test_a_skipped_step_changes_nothing(before: int, bad: str, dtype: torch.dtyp
         for p in model.parameters():
             assert p.grad is not None
             p.grad[...] = float("nan")
-    optimizer.step(1e-2, before + 1, torch.tensor(float("nan")) if bad == "loss" else FINE)
+    outcome = optimizer.step(1e-2, before + 1, torch.tensor(float("nan")) if bad == "loss" else FINE)
+    assert outcome[1] == 0.0
     after = optimizer.masters() | optimizer.state()
     assert all(torch.equal(after[n], t) for n, t in state.items())
     assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
     backward(model)
     optimizer.step(1e-2, before + 2, FINE)
     assert all(not torch.equal(p, w) and p.isfinite().all() for p, w in zip(model.parameters(), weights, strict=True))
+
+
+def test_a_gradient_that_stands_out_is_left_out_and_not_learned_from() -> None:
+    """Judged after 50 updates, by their mean and deviation; a slow rise is no spike."""
+    detector, fine = SpikeDetector(6.0, torch.device("cpu")), torch.tensor(True)
+    generator = torch.Generator().manual_seed(0)
+
+    def norm(scale: float = 1.0) -> torch.Tensor:
+        return scale * (2.0 + 0.1 * torch.randn((), generator=generator))
+
+    assert detector.judge(norm(100.0), fine)  # nothing to compare it with yet
+    detector = SpikeDetector(6.0, torch.device("cpu"))
+    norms = [norm() for _ in range(60)]
+    assert all(detector.judge(n, fine) for n in norms)
+    count, mean, variance = detector.seen.tolist()
+    assert count == 60 and mean == pytest.approx(2.0, abs=0.05) and variance**0.5 == pytest.approx(0.1, rel=0.3)
+    assert not detector.judge(norm(2.0), fine) and not detector.judge(norm(), torch.tensor(False))
+    assert detector.seen.tolist() == [count, mean, variance]
+    assert all(detector.judge(norm(1.0 + i / 200), fine) for i in range(100))
+    off = SpikeDetector(math.inf, torch.device("cpu"))
+    assert all(off.judge(n, fine) for n in [*norms, norm(1e6)])
+
+
+def test_norms_seen_are_part_of_the_state() -> None:
+    model = make_model()
+    optimizer = optim.Optimizer(model, TrainConfig(max_steps=1))
+    backward(model)
+    optimizer.step(1e-3, 1, FINE)
+    seen = optimizer.spikes.seen.clone()
+    assert seen[0] == 1.0 and seen[1] > 0.0
+    fresh = optim.Optimizer(make_model(), TrainConfig(max_steps=1))
+    fresh.load(optimizer.masters(), optimizer.state())
+    assert torch.equal(fresh.spikes.seen, seen)
+    old = {name: value for name, value in optimizer.state().items() if name != "gradient norms"}
+    fresh.load(optimizer.masters(), old)
+    assert fresh.spikes.seen[0] == 0.0
 
 
 def test_state_of_another_model_is_refused() -> None:
