@@ -1,6 +1,7 @@
 """Everything that decides a run, from options or from a run's `config.json`, and what it will cost."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,8 @@ class Plan:
 def make_plan(
     kind: str, preset_name: str | None, dtype: str, data: str, vocab_size: int | None, **options: Any
 ) -> Plan:
-    """The defaults for device type `kind`, with the options that are not None in their place.
+    """The defaults for device type `kind`, with the options that are not None in their place. They are TrainConfig's
+    fields, and `tokens`, from which max_steps is made.
 
     The model gets the vocabulary of the data, `vocab_size`, exactly; None keeps the preset's.
     """
@@ -63,10 +65,17 @@ def make_plan(
     name = preset_name or defaults.preset
     model = preset(name, **({} if vocab_size is None else {"vocab_size": vocab_size}))
     given = {key: value for key, value in options.items() if value is not None}
+    tokens = given.pop("tokens", None)
+    if tokens is not None:
+        if tokens < 1:
+            raise InputError(f"tokens is {tokens}; it must be positive")
+        given["max_steps"] = 1
     if given.get("max_steps") is not None and "budget_seconds" not in given:
         given["budget_seconds"] = None  # asked for steps: do them, however long they take
     fitting = {"context": min(defaults.training["context"], model.context_length)}
     training = TrainConfig(**(defaults.training | fitting | given))
+    if tokens is not None:
+        training = dataclasses.replace(training, max_steps=math.ceil(tokens / training.tokens_per_step))
     return Plan(name, model, training, dtype, data, defaults.eval_tokens)
 
 

@@ -47,6 +47,7 @@ def train(
     out: Annotated[Path | None, typer.Option(help="The run folder; runs/<date-time>-<preset> by default.")] = None,
     resume: Annotated[str | None, typer.Option(help="Continue this run; auto is the newest under runs/.")] = None,
     steps: Annotated[int | None, typer.Option(help="Updates of the weights.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens to train on, in place of --steps.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Wall-clock time in which training ends.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences computed at once.")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
@@ -65,7 +66,10 @@ def train(
 ) -> None:
     """Train a model; with no arguments, the main job on Python's own source."""
     console, where = Console(), hardware.device(device)
+    if tokens is not None and steps is not None:
+        raise InputError(f"--tokens {tokens} and --steps {steps} say the same in two ways; give one of them")
     options = {
+        "tokens": tokens,
         "max_steps": steps,
         "budget_seconds": None if minutes is None else minutes * 60,
         "batch_size": batch_size,

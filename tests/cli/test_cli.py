@@ -162,6 +162,8 @@ def test_dry_run_and_doctor(data: Path, tmp_path: Path, cli: Cli, monkeypatch: p
     vocab_size = json.loads((data / "manifest.json").read_text())["vocab_size"]
     assert code == 0 and f"vocabulary {vocab_size}" in out
     assert "step: 384 tokens (4 sequences x 3 batches x 32 tokens)" in out
+    code, out, _ = cli("train", "--data", data, *TRAIN, "--tokens", 1000, "--dry-run")
+    assert code == 0 and "run: 8 steps\n" in f"{out}\n"  # 1000 tokens are 7.8 steps of 128, and no minutes limit them
     assert list(tmp_path.iterdir()) == []
     code, out, _ = cli("doctor")
     assert code == 0 and torch.__version__ in out and "cross_entropy: reference" in out
@@ -226,6 +228,8 @@ def test_text_shorter_than_a_context(tmp_path: Path, cli: Cli) -> None:
         (("--context", "4096"), ("context is 4096",)),
         (("--learning-rate", "-1"), ("learning_rate is -1",)),
         (("--optim", "sgd"), ("optimizer is 'sgd'", "muon")),
+        (("--tokens", "0"), ("tokens is 0",)),
+        (("--tokens", "9", "--steps", "9"), ("--tokens 9 and --steps 9",)),
         (("--schedule", "step"), ("schedule is 'step'", "trapezoid")),
         (("--minutes", "-1"), ("budget_seconds is -60",)),
         (("--seed", "-1"), ("seed", "-1")),
