@@ -18,7 +18,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ._common import LOG2E, architecture, exponential, multiprocessors
-from .attention import MAX_HEAD_DIM, _dot
+from ._tiles import _dot
+from .attention import MAX_HEAD_DIM
 
 # Sizes change from call to call: specialising on them would compile again for no speed.
 SIZES = ("heads", "kv_heads", "group", "n_queries", "capacity", "splits")

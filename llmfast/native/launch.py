@@ -201,26 +201,55 @@ def cross_entropy_limits(
     return None if plain else "has the plain mean only, of all columns"
 
 
-def attention_fwd(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float,
+    window: None,
+    softcap: float,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
     """q: (B, Tq, H, D); k, v: (B, Tk, Hkv, D), of any strides but the last -> out as q, contiguous; statistics.
 
-    The statistics, row maxima and sums (2, B, H, Tq) float32, are empty where no gradient can be asked for: few queries
-    over many keys are then read by a faster path.
+    The statistics, row maxima and sums (2, B, H, Tq) float32, are empty where nobody needs them: few queries over many
+    keys are then read by a faster path.
     """
-    trained = q.requires_grad or k.requires_grad or v.requires_grad
-    return _attention_fwd(_adjacent(q), _adjacent(k), _adjacent(v), causal, scale, trained)
+    needed = return_lse or q.requires_grad or k.requires_grad or v.requires_grad
+    return _attention_fwd(_adjacent(q), _adjacent(k), _adjacent(v), causal, scale, needed)
 
 
 def attention_bwd(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor, causal: bool, scale: float
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    statistics: Tensor,
+    causal: bool,
+    scale: float,
+    window: None,
+    softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dq, dk, dv, contiguous."""
     tensors = (_adjacent(t) for t in (dout, q, k, v))
     return _attention_bwd(*tensors, out, statistics, causal, scale)
 
 
-def attention_limits(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> str | None:
-    """Why the kernels cannot run this head_dim."""
+def attention_limits(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float,
+    return_lse: bool,
+) -> str | None:
+    """Why the kernels cannot give what is asked."""
+    if window is not None or softcap:
+        return "has no window and no cap"
     return None if q.shape[-1] <= 256 else f"supports head_dim up to 256, not {q.shape[-1]}"
 
 
@@ -245,7 +274,7 @@ def decode_attention_limits(
         return "has no paged cache"
     if torch.compiler.is_compiling():
         return "reads the lengths, so it is not traced by torch.compile"
-    return attention_limits(q, k_cache, v_cache, True, scale)
+    return attention_limits(q, k_cache, v_cache, True, scale, None, 0.0, False)
 
 
 def adamw_fwd(

@@ -128,13 +128,28 @@ def _check_attention(op: str, scale: float | None, **tensors: Tensor) -> float:
     return 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None) -> tuple[Any, ...]:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float = 0.0,
+    return_lse: bool = False,
+) -> tuple[Any, ...]:
     scale = _check_attention("attention", scale, q=q, k=k, v=v)
     if k.shape[0] != q.shape[0]:
         raise InputError(
             f"attention: k has shape {tuple(k.shape)} but q {tuple(q.shape)}; their batch must be the same"
         )
-    return q, k, v, bool(causal), scale
+    if window is not None and (type(window) is not int or window < 1 or not causal):
+        remedy = "it must be a positive integer, with causal=True" if causal else "it needs causal=True"
+        raise InputError(f"attention: window is {window!r}; {remedy}")
+    if not 0.0 <= softcap < math.inf:
+        raise InputError(f"attention: softcap is {softcap}; it must be positive and finite, or 0 for none")
+    return q, k, v, bool(causal), scale, window, float(softcap), bool(return_lse)
 
 
 def decode_attention(

@@ -236,18 +236,37 @@ class Embedding(torch.autograd.Function):
 
 
 class Attention(torch.autograd.Function):
+    """Of the two results, out and log-sum-exp, only the first has a gradient."""
+
     @staticmethod
-    def forward(ctx: Any, kernels: ModuleType, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
-        out, statistics = kernels.attention_fwd(q, k, v, causal, scale)
-        ctx.kernels, ctx.causal, ctx.scale = kernels, causal, scale
+    def forward(
+        ctx: Any,
+        kernels: ModuleType,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool,
+        scale: float,
+        window: int | None,
+        softcap: float,
+        return_lse: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        options = (causal, scale, window, softcap)
+        out, statistics = kernels.attention_fwd(q, k, v, *options, return_lse)
+        ctx.kernels, ctx.options = kernels, options
         ctx.save_for_backward(q, k, v, out, statistics)
-        return out
+        if not return_lse:
+            return out
+        largest, total = statistics
+        lse = torch.where(total == 0.0, -torch.inf, largest * abs(scale) + total.log())
+        ctx.mark_non_differentiable(lse)
+        return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        dq, dk, dv = ctx.kernels.attention_bwd(grad_outputs[0], *ctx.saved_tensors, ctx.causal, ctx.scale)
-        return None, dq, dk, dv, None, None
+        dq, dk, dv = ctx.kernels.attention_bwd(grad_outputs[0], *ctx.saved_tensors, *ctx.options)
+        return None, dq, dk, dv, *[None] * 5
 
 
 FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
@@ -272,6 +291,9 @@ class _NoContext:
     """Stands for autograd's context where nothing will be differentiated."""
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
+        pass
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None:
         pass
 
 

@@ -3,7 +3,7 @@
 Tensors may have any strides; the result has the first tensor's dtype. A wrong argument raises InputError with its name.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ def layer_norm(
     return _run("layer_norm", backend, arguments.layer_norm(x, weight, bias, eps))
 
 
+@overload
 def attention(
     q: Tensor,
     k: Tensor,
@@ -41,14 +42,45 @@ def attention(
     *,
     causal: bool = False,
     scale: float | None = None,
+    window: int | None = None,
+    softcap: float = 0.0,
+    return_lse: Literal[False] = False,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float = 0.0,
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float = 0.0,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Scaled dot-product attention. q: (B, Tq, H, D); k, v: (B, Tk, Hkv, D) -> (B, Tq, H, D).
 
     H is a multiple of Hkv (grouped-query attention). `causal` is aligned bottom right: query i sees keys
-    j <= i + Tk - Tq; a query that sees no key gives zeros. `scale` is 1/sqrt(D) by default.
+    j <= i + Tk - Tq, and with a `window` only the last so many of these; a query that sees no key gives zeros. `scale`
+    is 1/sqrt(D) by default; `softcap` c > 0 makes c tanh(score / c) of the scaled scores. With `return_lse` also their
+    log-sum-exp (B, H, Tq), float32, which has no gradient.
     """
-    return _run("attention", backend, arguments.attention(q, k, v, causal=causal, scale=scale))
+    options = {"window": window, "softcap": softcap, "return_lse": return_lse}
+    return _run("attention", backend, arguments.attention(q, k, v, causal=causal, scale=scale, **options))
 
 
 def decode_attention(

@@ -61,11 +61,22 @@ def add_rms_norm(
     return rms_norm(total, weight, eps, offset), total
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float,
+    window: int | None = None,
+    softcap: float = 0.0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(q k^T * scale) v per head (https://arxiv.org/abs/1706.03762).
 
     q: (B, Tq, H, D); k, v: (B, Tk, Hkv, D) with H a multiple of Hkv: query head h reads key head h // (H / Hkv).
-    Causal is aligned bottom right: query i sees keys j <= i + Tk - Tq. A query that sees no key gives zeros.
+    Causal is aligned bottom right: query i sees keys j <= i + Tk - Tq, and with a window (causal only) the last
+    `window` of these. A query that sees no key gives zeros. softcap c > 0 makes c tanh(score / c) of the scaled scores
+    (https://arxiv.org/abs/2408.00118). The log-sum-exp of the scores is (B, H, Tq), float32 or wider.
     """
     acc = _accumulation_dtype(q)
     n_queries, n_keys, heads, kv_heads = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
@@ -73,15 +84,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Te
     qh = q.to(acc).transpose(1, 2).unflatten(1, (kv_heads, group))  # (B, Hkv, G, Tq, D)
     kh, vh = (t.to(acc).transpose(1, 2).unsqueeze(2) for t in (k, v))  # (B, Hkv, 1, Tk, D)
     scores = qh @ kh.transpose(-1, -2) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     hidden = None
     if causal:
-        hidden = torch.ones(n_queries, n_keys, dtype=torch.bool, device=q.device).triu(1 + n_keys - n_queries)
+        everything = torch.ones(n_queries, n_keys, dtype=torch.bool, device=q.device)
+        hidden = everything.triu(1 + n_keys - n_queries)
+        if window is not None:
+            hidden = hidden | everything.tril(n_keys - n_queries - window)
         scores = scores.masked_fill(hidden, float("-inf"))
     probabilities = torch.softmax(scores, dim=-1)
     if hidden is not None and n_keys < n_queries:  # only then does a row see nothing, and its softmax is 0 / 0
         probabilities = probabilities.masked_fill(hidden.all(-1, keepdim=True), 0.0)
-    out = (probabilities @ vh).flatten(1, 2).transpose(1, 2)
-    return out.to(q.dtype)
+    out = (probabilities @ vh).flatten(1, 2).transpose(1, 2).to(q.dtype)
+    return (out, scores.logsumexp(-1).flatten(1, 2).detach()) if return_lse else out
 
 
 def decode_attention(

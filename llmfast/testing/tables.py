@@ -91,6 +91,17 @@ _CROSS_ENTROPY_OPTIONS = [
     CrossEntropyCase(0, 16, 0.1, 0.1, "sum"),
 ]
 
+# Windows shorter and longer than a tile, one that ends a tile, one that is everything; keys before any query; caps that
+# hardly bend and that flatten.
+_ATTENTION_OPTIONS = [
+    *(AttentionCase(1, 200, 200, 2, 1, 16, True, window=w) for w in (1, 7, 64, 100, 200, 999)),
+    AttentionCase(2, 70, 190, 4, 2, 64, True, window=33),
+    AttentionCase(1, 190, 70, 2, 2, 64, True, window=33),
+    AttentionCase(1, 5, 300, 2, 1, 40, True, window=3),
+    AttentionCase(1, 130, 130, 2, 1, 128, True, window=65, softcap=5.0),
+    *(AttentionCase(1, 70, 90, 4, 2, 64, causal, softcap=c) for causal in (False, True) for c in (0.5, 50.0)),
+]
+
 TEST_CASES: dict[str, list[Case]] = {
     # A row of one element has a norm whose gradient is a true zero: beside the sum's gradient its rounding would show.
     **{op: _rows(op, *(s for s in _ROW_SHAPES if s[1] > 1 or not op.startswith("add_"))) for op in ROW_INPUTS},
@@ -106,7 +117,10 @@ TEST_CASES: dict[str, list[Case]] = {
     "embedding": [
         EmbeddingCase(*s) for s in ((1, 1, 1), (7, 3, 5), (300, 40, 300), (0, 5, 8), (100, 1000, 64), (700, 3, 40))
     ],
-    "attention": [AttentionCase(*shape, causal) for shape in _ATTENTION_SHAPES for causal in (False, True)],
+    "attention": [
+        *(AttentionCase(*shape, causal) for shape in _ATTENTION_SHAPES for causal in (False, True)),
+        *_ATTENTION_OPTIONS,
+    ],
     "decode_attention": [
         DecodeAttentionCase(*shape, ragged=ragged) for shape in _DECODE_SHAPES for ragged in (False, True)
     ],

@@ -160,7 +160,7 @@ def test_attention_on_every_instruction_set(variant: str, dtype: torch.dtype, se
     if not select(variant):
         pytest.skip(f"this CPU has no {variant}")
     decoded = [AttentionCase(2, 3, 1300, 4, 2, 64, True), AttentionCase(1, 1, 513, 3, 3, 40, False)]
-    for case in [*TEST_CASES["attention"], *decoded]:
+    for case in [*(case for case in TEST_CASES["attention"] if case.plain), *decoded]:
         inputs = make_inputs(case, "cpu", dtype)
         comparisons = compare(case, inputs, torch.randn(case.output).to(dtype), "cpp")
         assert all(c.ok for c in comparisons), f"{case.label}: {'; '.join(map(str, comparisons))}"

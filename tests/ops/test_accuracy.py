@@ -3,6 +3,7 @@
 import importlib
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -214,6 +215,49 @@ def test_attention_scale(backend: str, scale: float, device: str) -> None:
     torch.testing.assert_close(
         ops.attention(*inputs, causal=True, scale=scale, backend=backend).double(), truth, rtol=1e-5, atol=1e-5
     )
+
+
+LSE_OPTIONS: list[dict[str, Any]] = [
+    *({}, {"causal": True}, {"scale": -0.3}, {"scale": 0.0}),
+    *({"causal": True, "window": 5}, {"softcap": 3.0}),
+]
+
+
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [(b, o) for b in COVERED["attention"] for o in LSE_OPTIONS if b != "cpp" or not {"window", "softcap"} & set(o)],
+    ids=str,
+)
+def test_attention_log_sum_exp(backend: str, options: dict[str, Any], device: str) -> None:
+    """Of the scores as they are scaled, capped and masked; -inf for the 20 queries that see no key. The output and its
+    gradients are those without it, and it has none."""
+    q, k, v = make_inputs(AttentionCase(2, 50, 30, 4, 2, 16, True), device, torch.float32)
+    out, lse = ops.attention(q, k, v, return_lse=True, backend=backend, **options)
+    with torch.no_grad():
+        alone = ops.attention(q, k, v, return_lse=True, backend=backend, **options)
+    assert lse.dtype == torch.float32 and not lse.requires_grad
+    assert torch.equal(lse, alone[1])
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double().repeat_interleave(2, 2)) * options.get(
+        "scale", 0.25
+    )
+    if cap := options.get("softcap"):
+        scores = cap * torch.tanh(scores / cap)
+    if "causal" in options:
+        seen = torch.ones(50, 30, dtype=torch.bool, device=device).tril(-20).triu(-19 - options.get("window", 99))
+        scores = scores.masked_fill(~seen, float("-inf"))
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1).detach(), rtol=1e-5, atol=1e-5)
+    plain = ops.attention(q, k, v, backend=backend, **options)
+    assert torch.equal(out, plain)
+    for a, b in zip(*(torch.autograd.grad(o.sum(), (q, k, v)) for o in (out, plain)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_attention_reads_no_block_left_of_the_window(device: str) -> None:
+    pytest.importorskip("triton")
+    q, k, v = (t.detach() for t in make_inputs(AttentionCase(1, 5, 900, 2, 1, 16, True), device, torch.float32))
+    k[:, :600] = v[:, :600] = float("nan")
+    got = ops.attention(q, k, v, causal=True, window=30, backend="triton")
+    torch.testing.assert_close(got, ops.attention(q, k[:, 600:], v[:, 600:], causal=True, window=30, backend=REFERENCE))
 
 
 @pytest.mark.parametrize("backend", COVERED["attention"])

@@ -23,6 +23,8 @@ class AttentionCase(Defaults):
     kv_heads: int
     head_dim: int
     causal: bool
+    window: int | None = None
+    softcap: float = 0.0
     op: str = "attention"
 
     def looseness(self, result: Tensor) -> float:
@@ -39,7 +41,12 @@ class AttentionCase(Defaults):
     def label(self) -> str:
         lengths = str(self.n_queries) if self.n_queries == self.n_keys else f"{self.n_queries}/{self.n_keys}"
         heads = str(self.heads) if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
-        return f"B{self.batch} T{lengths} H{heads} D{self.head_dim} {'causal' if self.causal else 'full'}"
+        label = f"B{self.batch} T{lengths} H{heads} D{self.head_dim} {'causal' if self.causal else 'full'}"
+        return label + f" window {self.window}" * bool(self.window) + f" softcap {self.softcap:g}" * bool(self.softcap)
+
+    @property
+    def plain(self) -> bool:
+        return self.window is None and not self.softcap
 
     @property
     def inputs(self) -> dict[str, tuple[int, ...]]:
@@ -51,17 +58,26 @@ class AttentionCase(Defaults):
         return self.inputs["q"]
 
     def ours(self, *tensors: Tensor, backend: str) -> Tensor:
-        return ops.attention(*tensors, causal=self.causal, backend=backend)
+        options = {"causal": self.causal, "window": self.window, "softcap": self.softcap}
+        return ops.attention(*tensors, backend=backend, **options)
 
     def torch(self, *tensors: Tensor) -> Tensor:
-        """F.scaled_dot_product_attention at the tensors' dtype, its mask aligned bottom right where lengths differ."""
+        """F.scaled_dot_product_attention at the tensors' dtype, its mask aligned bottom right where lengths differ;
+        with a cap, which it has not, the same written out."""
         if tensors[0].numel() == 0:  # which some of its kernels return None for
             return tensors[0] + 0 * (tensors[1].sum() + tensors[2].sum())
         q, k, v = (t.transpose(1, 2) for t in tensors)
         mask = None
-        if self.causal and self.n_queries != self.n_keys:
+        if self.causal and (self.n_queries != self.n_keys or self.window or self.softcap):
             visible = torch.ones(self.n_queries, self.n_keys, dtype=torch.bool, device=q.device)
             mask = visible.tril(self.n_keys - self.n_queries)
+            mask = mask.triu(self.n_keys - self.n_queries - self.window + 1) if self.window else mask
+        if self.softcap:
+            k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
+            scores = self.softcap * torch.tanh(q @ k.transpose(-1, -2) * self.head_dim**-0.5 / self.softcap)
+            scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+            probabilities = torch.softmax(scores, -1)
+            return ((probabilities if mask is None else probabilities.masked_fill(~mask, 0.0)) @ v).transpose(1, 2)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=self.causal and mask is None, enable_gqa=self.heads != self.kv_heads
         )

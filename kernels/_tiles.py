@@ -1,0 +1,60 @@
+"""What attention's kernels do with tiles of a head: load, store, multiply; cap scores, and tell who sees what."""
+
+import triton
+import triton.language as tl
+
+from ._common import LOG2E
+
+# Lengths, head counts and windows change from call to call: specialising on them would compile again for no speed.
+SIZES = ("heads", "group", "n_queries", "n_keys", "window")
+
+
+@triton.jit
+def _tile(X, base, first, stride, limit, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """Rows first .. first + N of one head as (N, BLOCK_D), zero beyond D columns and, if MASKED, `limit` rows."""
+    row = tl.arange(0, N)[:, None]
+    col = tl.arange(0, BLOCK_D)[None, :]
+    X += base + (tl.zeros([], tl.int64) + first) * stride  # in int64: a tensor may hold more than 2^31 elements
+    if MASKED:
+        return tl.load(X + row * stride + col, mask=(first + row < limit) & (col < D), other=0.0)
+    if D < BLOCK_D:
+        return tl.load(X + row * stride + col, mask=col < D, other=0.0)
+    return tl.load(X + row * stride + col)
+
+
+@triton.jit
+def _store_tile(X, base, first, stride, limit, x, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    row = tl.arange(0, N)[:, None]
+    col = tl.arange(0, BLOCK_D)[None, :]
+    X += base + (tl.zeros([], tl.int64) + first) * stride  # in int64: a tensor may hold more than 2^31 elements
+    tl.store(X + row * stride + col, x.to(X.dtype.element_ty), mask=(first + row < limit) & (col < D))
+
+
+@triton.jit
+def _dot(a, b, acc):
+    """acc + a b. In float32 a tile's sum is made on its own: one chain of additions over all tiles would round off
+    more, and an addition, unlike a multiply-add with 1, the compiler would fold back into that chain."""
+    if a.dtype == tl.float32:
+        return tl.fma(tl.dot(a, b, input_precision="ieee"), 1.0, acc)
+    return tl.dot(a, b, acc)
+
+
+@triton.jit
+def _capped(s, cap):
+    """cap * tanh(s / cap), of float32 scores. By e^(-2 |x|), which cannot overflow; near 0, where that would lose
+    digits, by the first terms of tanh's series (https://dlmf.nist.gov/4.33)."""
+    x = s / cap
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+    large = (1.0 - e) / (1.0 + e)
+    x2 = x * x
+    small = x * (1.0 + x2 * (-1.0 / 3 + x2 * (2.0 / 15 + x2 * (-17.0 / 315 + x2 * (62.0 / 2835)))))
+    return cap * tl.where(tl.abs(x) < 0.25, small, tl.where(x < 0.0, -large, large))
+
+
+@triton.jit
+def _sees(row, key, offset, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """Whether query `row` sees `key`, of those that there are: up to its own, and of these the last `window`."""
+    visible = key <= row + offset if CAUSAL else (key >= 0) & (row >= 0)
+    if WINDOW:
+        visible = visible & (key > row + offset - window)
+    return visible
