@@ -49,12 +49,13 @@ def attention_limits(
     return None
 
 
-def _tiles(q: Tensor, direction: str) -> Tiles:
-    """Tiles by direction, architecture and head dimension; small for float32, which uses no tensor cores."""
+def _tiles(q: Tensor, direction: str, softcap: float) -> Tiles:
+    """Tiles by direction, architecture and head dimension; small for float32, which uses no tensor cores, and for
+    capped scores, which take registers that Hopper's large ones have not."""
     if q.dtype == torch.float32:
         table = _FLOAT32
     else:
-        table = _HOPPER if architecture() in (90, 100, 103) else _AMPERE
+        table = _HOPPER if architecture() in (90, 100, 103) and not softcap else _AMPERE
     return table[direction][64 if q.shape[3] <= 64 else 128 if q.shape[3] <= 128 else 256]
 
 
@@ -243,7 +244,7 @@ def attention_fwd(
 
         attention_hopper_fwd(q, k, v, out, statistics, causal, scale)
         return out, statistics
-    tiles = _tiles(q, "fwd")
+    tiles = _tiles(q, "fwd", softcap)
     grid = (triton.cdiv(n_queries, tiles.queries) * batch * heads,)
     _attention_fwd_kernel[grid](
         q, k, v, out, *statistics, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
@@ -279,12 +280,12 @@ def attention_bwd(
     )  # fmt: skip
     inputs = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
     sizes, options = (heads, heads // kv_heads, n_queries, n_keys), (head_dim, causal, window, scale, softcap)
-    tiles = _tiles(q, "dkdv")
+    tiles = _tiles(q, "dkdv", softcap)
     _attention_dkdv_kernel[(triton.cdiv(n_keys, tiles.keys) * batch * kv_heads,)](
         q, k, v, dout, dk, dv, base, norm, delta, *inputs, *dk.stride()[:3], *sizes,
         **_launch_options(tiles, *options),
     )  # fmt: skip
-    tiles = _tiles(q, "dq")
+    tiles = _tiles(q, "dq", softcap)
     _attention_dq_kernel[(triton.cdiv(n_queries, tiles.queries) * batch * heads,)](
         q, k, v, dout, dq, base, norm, delta, *inputs, *dq.stride()[:3], *sizes,
         **_launch_options(tiles, *options),

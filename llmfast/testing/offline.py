@@ -58,6 +58,11 @@ CASES: list[Case] = [
     *(CrossEntropyCase(2, classes) for classes in (64, 4096, 50304)),
     EmbeddingCase(128, 32, 768),
     *(AttentionCase(1, 256, 256, 2, 1, d, causal) for d in (64, 128, 256) for causal in (False, True)),
+    *(
+        AttentionCase(1, 256, 256, 2, 1, d, True, window=100, softcap=cap)
+        for d in (64, 128, 256)
+        for cap in (0.0, 50.0)
+    ),
     *(AttentionCase(1, 2048, 2048, 2, 1, 64, causal) for causal in (False, True)),  # three warpgroups on sm_90
     *(DecodeAttentionCase(1, 1, 2048, 16, h, d, page) for d in (64, 128, 256) for h in (2, 16) for page in (0, 16)),
     DecodeAttentionCase(1, 8, 2048, 16, 2, 128),
