@@ -6,7 +6,7 @@ import triton.language as tl
 from ._common import LOG2E
 
 # Lengths, head counts and windows change from call to call: specialising on them would compile again for no speed.
-SIZES = ("heads", "group", "n_queries", "n_keys", "window")
+SIZES = ("heads", "group", "n_queries", "n_keys", "s_sb", "s_sh", "window")
 
 
 @triton.jit
@@ -58,3 +58,19 @@ def _sees(row, key, offset, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
     if WINDOW:
         visible = visible & (key > row + offset - window)
     return visible
+
+
+@triton.jit
+def _first(Starts, b, batch_stride, row_stride, PACKED: tl.constexpr):
+    """Offset of sequence b's first row: by a stride, or where sequences lie one after another, from Starts (B + 1,)."""
+    if PACKED:
+        return tl.load(Starts + b).to(tl.int64) * row_stride
+    return b * batch_stride
+
+
+@triton.jit
+def _length(Starts, b, length, PACKED: tl.constexpr):
+    """Rows of sequence b: `length`, or what Starts (B + 1,) says."""
+    if PACKED:
+        return tl.load(Starts + b + 1) - tl.load(Starts + b)
+    return length

@@ -17,11 +17,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import LOG2E, architecture, exponential
-from ._tiles import SIZES, _capped, _dot, _sees, _store_tile, _tile
+from ._tiles import SIZES, _capped, _dot, _first, _length, _sees, _store_tile, _tile
 from .attention_bwd import _attention_dkdv_kernel, _attention_dq_kernel, _attention_rows_kernel
 
 MAX_HEAD_DIM = 256
 MAX_ROW_STRIDE = 2**23  # times the 128 rows of a tile
+
+
+class Packed(NamedTuple):
+    """Sequences one after another: where each begins, (B + 1,) int32, among queries and keys; the longest."""
+
+    query_starts: Tensor
+    key_starts: Tensor
+    n_queries: int
+    n_keys: int
 
 
 class Tiles(NamedTuple):
@@ -112,13 +121,14 @@ def _fwd_keys(
 
 @triton.jit(do_not_specialize=SIZES)
 def _attention_fwd_kernel(
-    Q, K, V, Out, Max, Sum, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, o_sb, o_st, o_sh,
-    heads, group, n_queries, n_keys, window, scale, cap,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, D: tl.constexpr,
+    Q, K, V, Out, Max, Sum, QueryStarts, KeyStarts, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
+    o_sb, o_st, o_sh, s_sb, s_sh, heads, group, n_queries, n_keys, window, scale, cap,
+    PACKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Q, Out: (B, n_queries, heads, D); K, V: (B, n_keys, heads / group, D); Max, Sum: (B, heads, n_queries) fp32. cap:
-    of scores before they are scaled.
+    of scores before they are scaled. PACKED: sequences lie one after another in T, from QueryStarts and KeyStarts
+    (B + 1,) on; n_queries and n_keys are the longest.
 
     One program per query tile and head. Causal tiles are started longest first.
     """
@@ -129,9 +139,13 @@ def _attention_fwd_kernel(
     if CAUSAL:
         tile = n_tiles - 1 - tile
     m0 = tile * BLOCK_M
-    k_base, v_base = b * k_sb + (h // group) * k_sh, b * v_sb + (h // group) * v_sh
+    n_queries, n_keys = _length(QueryStarts, b, n_queries, PACKED), _length(KeyStarts, b, n_keys, PACKED)
+    q_base = _first(QueryStarts, b, q_sb, q_st, PACKED) + h * q_sh
+    o_base = _first(QueryStarts, b, o_sb, o_st, PACKED) + h * o_sh
+    k_base = _first(KeyStarts, b, k_sb, k_st, PACKED) + (h // group) * k_sh
+    v_base = _first(KeyStarts, b, v_sb, v_st, PACKED) + (h // group) * v_sh
     offset = n_keys - n_queries
-    q = _tile(Q, b * q_sb + h * q_sh, m0, q_st, n_queries, BLOCK_M, D, BLOCK_D, True)
+    q = _tile(Q, q_base, m0, q_st, n_queries, BLOCK_M, D, BLOCK_D, True)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     m = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -144,6 +158,9 @@ def _attention_fwd_kernel(
     if CAUSAL:
         end = tl.minimum(n_keys, tl.maximum(m0 + BLOCK_M + offset, 0))
         full = tl.minimum(n_keys, tl.maximum(m0 + 1 + offset, 0))
+    if PACKED:  # a tile beyond the sequence has nothing to do
+        end = tl.where(m0 < n_queries, end, 0)
+        full = tl.minimum(full, end)
     full = full // BLOCK_N * BLOCK_N
     if WINDOW:
         begin = tl.maximum(m0 + 1 + offset - window, 0) // BLOCK_N * BLOCK_N
@@ -162,10 +179,11 @@ def _attention_fwd_kernel(
         True, CAUSAL, WINDOW, CAP, D, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     out = acc * tl.div_rn(1.0, tl.where(total == 0.0, 1.0, total))[:, None]
-    _store_tile(Out, b * o_sb + h * o_sh, m0, o_st, n_queries, out, BLOCK_M, D, BLOCK_D)
+    _store_tile(Out, o_base, m0, o_st, n_queries, out, BLOCK_M, D, BLOCK_D)
     row = m0 + tl.arange(0, BLOCK_M)
-    tl.store(Max + bh * n_queries + row, m, mask=row < n_queries)
-    tl.store(Sum + bh * n_queries + row, total, mask=row < n_queries)
+    base = _first(QueryStarts, b, s_sb, 1, PACKED) + h * s_sh
+    tl.store(Max + base + row, m, mask=row < n_queries)
+    tl.store(Sum + base + row, total, mask=row < n_queries)
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -182,13 +200,14 @@ def _positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
 
 
 def _launch_options(
-    tiles: Tiles, head_dim: int, causal: bool, window: int | None, scale: float, softcap: float
+    tiles: Tiles, head_dim: int, packed: bool, causal: bool, window: int | None, scale: float, softcap: float
 ) -> dict[str, Any]:
     """All but tensors, strides and sizes. The scores' cap is that before they are scaled."""
     return {
         "window": window or 0,
         "scale": scale,
         "cap": softcap / scale,
+        "PACKED": packed,
         "CAUSAL": causal,
         "WINDOW": window is not None,
         "CAP": softcap != 0.0,
@@ -215,6 +234,83 @@ def _narrow(window: int | None, n_keys: int) -> int | None:
     return None if window is None or window >= n_keys else window
 
 
+def _sizes(q: Tensor, k: Tensor, packed: Packed | None) -> tuple[int, int, int]:
+    """Sequences, and the most queries and keys of one."""
+    if packed is None:
+        return q.shape[0], q.shape[1], k.shape[1]
+    return packed.query_starts.shape[0] - 1, packed.n_queries, packed.n_keys
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, packed: Packed | None, causal: bool, scale: float, window: int | None,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """-> out as q, contiguous; statistics (2, B, H, Tq), or (2, 1, H, all queries) of packed sequences."""
+    q, scale = _positive_scale(q, scale)
+    batch, n_queries, n_keys = _sizes(q, k, packed)
+    window = _narrow(window, n_keys)
+    q, k, v = _readable(q), _readable(k), _readable(v)
+    heads, head_dim = q.shape[2:]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    statistics = torch.empty((2, q.shape[0], heads, q.shape[1]), dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
+        return out, statistics
+    if packed is None and _on_hopper(q, k, v, window, softcap):
+        from .attention_hopper import attention_hopper_fwd
+
+        attention_hopper_fwd(q, k, v, out, statistics, causal, scale)
+        return out, statistics
+    tiles = _tiles(q, "fwd", softcap)
+    starts = (statistics, statistics) if packed is None else packed[:2]
+    _attention_fwd_kernel[(triton.cdiv(n_queries, tiles.queries) * batch * heads,)](
+        q, k, v, out, *statistics, *starts, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        *statistics.stride()[1:3], heads, heads // k.shape[2], n_queries, n_keys,
+        **_launch_options(tiles, head_dim, packed is not None, causal, window, scale, softcap),
+    )  # fmt: skip
+    return out, statistics
+
+
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor, packed: Packed | None,
+    causal: bool, scale: float, window: int | None, softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    batch, n_queries, n_keys = _sizes(q, k, packed)
+    window = _narrow(window, n_keys)
+    if packed is None and _on_hopper(q, k, v, window, softcap):
+        from .attention_hopper_bwd import attention_hopper_bwd
+
+        return attention_hopper_bwd(dout, q, k, v, out, statistics, causal, scale)
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    if dq.numel() == 0 or dk.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    sign = math.copysign(1.0, scale) if scale else 0.0
+    q, scale = _positive_scale(q, scale)
+    dout, q, k, v = _readable(dout), _readable(q), _readable(k), _readable(v)
+    heads, head_dim = q.shape[2:]
+    rows = torch.empty((3, *statistics.shape[1:]), dtype=torch.float32, device=q.device)
+    delta, base, norm = rows
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    # Of each query alone: packed sequences are one here.
+    _attention_rows_kernel[(triton.cdiv(q.shape[1], 32) * q.shape[0] * heads,)](
+        dout, out, *statistics, *rows, *dout.stride()[:3], *out.stride()[:3], heads, q.shape[1], scale,
+        EXACT=q.dtype == torch.float32, D=head_dim, BLOCK_M=32, BLOCK_D=block_d,
+    )  # fmt: skip
+    starts = (statistics, statistics) if packed is None else packed[:2]
+    tensors = (q, k, v, dout), (base, norm, delta, *starts)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
+    sizes = (*statistics.stride()[1:3], heads, heads // k.shape[2], n_queries, n_keys)
+    options = (head_dim, packed is not None, causal, window, scale, softcap)
+    tiles = _tiles(q, "dkdv", softcap)
+    _attention_dkdv_kernel[(triton.cdiv(n_keys, tiles.keys) * batch * k.shape[2],)](
+        *tensors[0], dk, dv, *tensors[1], *strides, *dk.stride()[:3], *sizes, **_launch_options(tiles, *options)
+    )
+    tiles = _tiles(q, "dq", softcap)
+    _attention_dq_kernel[(triton.cdiv(n_queries, tiles.queries) * batch * heads,)](
+        *tensors[0], dq, *tensors[1], *strides, *dq.stride()[:3], *sizes, **_launch_options(tiles, *options)
+    )
+    return dq if sign == 1.0 else dq * sign, dk, dv
+
+
 def attention_fwd(
     q: Tensor,
     k: Tensor,
@@ -230,27 +326,7 @@ def attention_fwd(
     The statistics, which are always there, are each query's largest score m, capped but not scaled, and its sum of
     e^((s - m) * |scale|), apart: in their log-sum-exp the rounding of a large m would take what the sum adds.
     """
-    q, scale = _positive_scale(q, scale)
-    window = _narrow(window, k.shape[1])
-    q, k, v = _readable(q), _readable(k), _readable(v)
-    batch, n_queries, heads, head_dim = q.shape
-    n_keys, group = k.shape[1], heads // k.shape[2]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    statistics = torch.empty((2, batch, heads, n_queries), dtype=torch.float32, device=q.device)
-    if out.numel() == 0:
-        return out, statistics
-    if _on_hopper(q, k, v, window, softcap):
-        from .attention_hopper import attention_hopper_fwd
-
-        attention_hopper_fwd(q, k, v, out, statistics, causal, scale)
-        return out, statistics
-    tiles = _tiles(q, "fwd", softcap)
-    grid = (triton.cdiv(n_queries, tiles.queries) * batch * heads,)
-    _attention_fwd_kernel[grid](
-        q, k, v, out, *statistics, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        heads, group, n_queries, n_keys, **_launch_options(tiles, head_dim, causal, window, scale, softcap),
-    )  # fmt: skip
-    return out, statistics
+    return _forward(q, k, v, None, causal, scale, window, softcap)
 
 
 def attention_bwd(
@@ -258,36 +334,54 @@ def attention_bwd(
     causal: bool, scale: float, window: int | None, softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The forward's tensors and the gradient of `out` -> dq, dk, dv, contiguous."""
-    window = _narrow(window, k.shape[1])
-    if _on_hopper(q, k, v, window, softcap):
-        from .attention_hopper_bwd import attention_hopper_bwd
+    return _backward(dout, q, k, v, out, statistics, None, causal, scale, window, softcap)
 
-        return attention_hopper_bwd(dout, q, k, v, out, statistics, causal, scale)
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    batch, n_queries, heads, head_dim = q.shape
-    n_keys, kv_heads = k.shape[1], k.shape[2]
-    if dq.numel() == 0 or dk.numel() == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_()
-    sign = math.copysign(1.0, scale) if scale else 0.0
-    q, scale = _positive_scale(q, scale)
-    dout, q, k, v = _readable(dout), _readable(q), _readable(k), _readable(v)
-    rows = torch.empty((3, *statistics.shape[1:]), dtype=torch.float32, device=q.device)
-    delta, base, norm = rows
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    _attention_rows_kernel[(triton.cdiv(n_queries, 32) * batch * heads,)](
-        dout, out, *statistics, *rows, *dout.stride()[:3], *out.stride()[:3], heads, n_queries, scale,
-        EXACT=q.dtype == torch.float32, D=head_dim, BLOCK_M=32, BLOCK_D=block_d,
-    )  # fmt: skip
-    inputs = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
-    sizes, options = (heads, heads // kv_heads, n_queries, n_keys), (head_dim, causal, window, scale, softcap)
-    tiles = _tiles(q, "dkdv", softcap)
-    _attention_dkdv_kernel[(triton.cdiv(n_keys, tiles.keys) * batch * kv_heads,)](
-        q, k, v, dout, dk, dv, base, norm, delta, *inputs, *dk.stride()[:3], *sizes,
-        **_launch_options(tiles, *options),
-    )  # fmt: skip
-    tiles = _tiles(q, "dq", softcap)
-    _attention_dq_kernel[(triton.cdiv(n_queries, tiles.queries) * batch * heads,)](
-        q, k, v, dout, dq, base, norm, delta, *inputs, *dq.stride()[:3], *sizes,
-        **_launch_options(tiles, *options),
-    )  # fmt: skip
-    return dq if sign == 1.0 else dq * sign, dk, dv
+
+def attention_varlen_limits(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_starts: Tensor,
+    key_starts: Tensor,
+    max_queries: int,
+    max_keys: int,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float,
+    return_lse: bool,
+) -> str | None:
+    """Why these kernels cannot run this call; None if they can."""
+    return f"supports head_dim up to {MAX_HEAD_DIM}, not {q.shape[2]}" if q.shape[2] > MAX_HEAD_DIM else None
+
+
+def attention_varlen_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_starts: Tensor,
+    key_starts: Tensor,
+    max_queries: int,
+    max_keys: int,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """q: (all queries, H, D); k, v: (all keys, Hkv, D) -> out as q; attention_fwd's statistics (2, H, all queries)."""
+    packed = Packed(query_starts, key_starts, max_queries, max_keys)
+    out, statistics = _forward(q[None], k[None], v[None], packed, causal, scale, window, softcap)
+    return out[0], statistics[:, 0]
+
+
+def attention_varlen_bwd(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, query_starts: Tensor, key_starts: Tensor, out: Tensor,
+    statistics: Tensor, max_queries: int, max_keys: int, causal: bool, scale: float, window: int | None,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The forward's tensors and the gradient of `out` -> dq, dk, dv, contiguous."""
+    packed = Packed(query_starts, key_starts, max_queries, max_keys)
+    tensors = (t[None] for t in (dout, q, k, v, out))
+    dq, dk, dv = _backward(*tensors, statistics[:, None], packed, causal, scale, window, softcap)
+    return dq[0], dk[0], dv[0]

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ._common import LOG2E, exponential
-from ._tiles import SIZES, _capped, _dot, _sees, _store_tile, _tile
+from ._tiles import SIZES, _capped, _dot, _first, _length, _sees, _store_tile, _tile
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -53,7 +53,7 @@ def _probability(s, base, norm, scale, EXACT: tl.constexpr):
 @triton.jit
 def _dkdv_queries(
     dk, dv, k, v, Q, DOut, Base, Norm, Delta, q_base, do_base, q_st, q_sh, do_st, do_sh, n0, first_tile, n_tiles, group,
-    n_queries, offset, window, scale, cap,
+    s_sh, n_queries, offset, window, scale, cap,
     MASKED: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -66,7 +66,7 @@ def _dkdv_queries(
         head = tl.zeros([], tl.int64) + i // n_tiles
         m0 = (first_tile + i % n_tiles) * BLOCK_M
         row = m0 + tl.arange(0, BLOCK_M)
-        inside, rows = row < n_queries, head * n_queries + row
+        inside, rows = row < n_queries, head * s_sh + row
         q = _tile(Q, q_base + head * q_sh, m0, q_st, n_queries, BLOCK_M, D, BLOCK_D, True)
         s = tl.dot(k, tl.trans(q), input_precision="ieee")
         if CAP:
@@ -90,9 +90,10 @@ def _dkdv_queries(
 
 @triton.jit(do_not_specialize=SIZES)
 def _attention_dkdv_kernel(
-    Q, K, V, DOut, DK, DV, Base, Norm, Delta, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh,
-    do_sb, do_st, do_sh, dk_sb, dk_st, dk_sh, heads, group, n_queries, n_keys, window, scale, cap,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, D: tl.constexpr,
+    Q, K, V, DOut, DK, DV, Base, Norm, Delta, QueryStarts, KeyStarts, q_sb, q_st, q_sh, k_sb, k_st, k_sh,
+    v_sb, v_st, v_sh, do_sb, do_st, do_sh, dk_sb, dk_st, dk_sh, s_sb, s_sh,
+    heads, group, n_queries, n_keys, window, scale, cap,
+    PACKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dv = p^T dout and dk = ds^T q * scale for one key tile of one key head, summed over its group of query heads.
@@ -104,18 +105,25 @@ def _attention_dkdv_kernel(
     bh = (tl.program_id(0) // n_tiles).to(tl.int64)
     kv_heads = heads // group
     b, kv_head = bh // kv_heads, bh % kv_heads
-    k = _tile(K, b * k_sb + kv_head * k_sh, n0, k_st, n_keys, BLOCK_N, D, BLOCK_D, True)
-    v = _tile(V, b * v_sb + kv_head * v_sh, n0, v_st, n_keys, BLOCK_N, D, BLOCK_D, True)
+    h = kv_head * group
+    n_queries, n_keys = _length(QueryStarts, b, n_queries, PACKED), _length(KeyStarts, b, n_keys, PACKED)
+    k_base = _first(KeyStarts, b, k_sb, k_st, PACKED) + kv_head * k_sh
+    v_base = _first(KeyStarts, b, v_sb, v_st, PACKED) + kv_head * v_sh
+    q_base = _first(QueryStarts, b, q_sb, q_st, PACKED) + h * q_sh
+    do_base = _first(QueryStarts, b, do_sb, do_st, PACKED) + h * do_sh
+    rows = _first(QueryStarts, b, s_sb, 1, PACKED) + h * s_sh
+    k = _tile(K, k_base, n0, k_st, n_keys, BLOCK_N, D, BLOCK_D, True)
+    v = _tile(V, v_base, n0, v_st, n_keys, BLOCK_N, D, BLOCK_D, True)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     offset = n_keys - n_queries
-    h = kv_head * group
-    q_base, do_base, rows = b * q_sb + h * q_sh, b * do_sb + h * do_sh, (b * heads + h) * n_queries
     # Query tiles in [first, full) see some keys of the tile, those in [full, inner) all, those in [inner, end) some
     # again, others none.
     first = 0
     full = 0
     end = tl.cdiv(n_queries, BLOCK_M)
+    if PACKED:  # a tile beyond the sequence has nothing to do
+        end = tl.where(n0 < n_keys, end, 0)
     inner = end
     if CAUSAL:
         first = tl.minimum(tl.maximum(n0 - offset, 0) // BLOCK_M, end)
@@ -127,21 +135,21 @@ def _attention_dkdv_kernel(
             inner = tl.minimum(tl.maximum(tl.maximum(n0 + window - offset, 0) // BLOCK_M, full), end)
         dk, dv = _dkdv_queries(
             dk, dv, k, v, Q, DOut, Base + rows, Norm + rows, Delta + rows, q_base, do_base, q_st, q_sh, do_st, do_sh,
-            n0, first, full - first, group, n_queries, offset, window, scale, cap,
+            n0, first, full - first, group, s_sh, n_queries, offset, window, scale, cap,
             True, WINDOW, CAP, D, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     dk, dv = _dkdv_queries(
         dk, dv, k, v, Q, DOut, Base + rows, Norm + rows, Delta + rows, q_base, do_base, q_st, q_sh, do_st, do_sh,
-        n0, full, inner - full, group, n_queries, offset, window, scale, cap,
+        n0, full, inner - full, group, s_sh, n_queries, offset, window, scale, cap,
         False, WINDOW, CAP, D, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     if WINDOW:
         dk, dv = _dkdv_queries(
             dk, dv, k, v, Q, DOut, Base + rows, Norm + rows, Delta + rows, q_base, do_base, q_st, q_sh, do_st, do_sh,
-            n0, inner, end - inner, group, n_queries, offset, window, scale, cap,
+            n0, inner, end - inner, group, s_sh, n_queries, offset, window, scale, cap,
             True, WINDOW, CAP, D, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-    base = b * dk_sb + kv_head * dk_sh
+    base = _first(KeyStarts, b, dk_sb, dk_st, PACKED) + kv_head * dk_sh
     _store_tile(DK, base, n0, dk_st, n_keys, dk * scale, BLOCK_N, D, BLOCK_D)
     _store_tile(DV, base, n0, dk_st, n_keys, dv, BLOCK_N, D, BLOCK_D)
 
@@ -174,9 +182,10 @@ def _dq_keys(
 
 @triton.jit(do_not_specialize=SIZES)
 def _attention_dq_kernel(
-    Q, K, V, DOut, DQ, Base, Norm, Delta, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, do_sb, do_st, do_sh,
-    dq_sb, dq_st, dq_sh, heads, group, n_queries, n_keys, window, scale, cap,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, D: tl.constexpr,
+    Q, K, V, DOut, DQ, Base, Norm, Delta, QueryStarts, KeyStarts, q_sb, q_st, q_sh, k_sb, k_st, k_sh,
+    v_sb, v_st, v_sh, do_sb, do_st, do_sh,
+    dq_sb, dq_st, dq_sh, s_sb, s_sh, heads, group, n_queries, n_keys, window, scale, cap,
+    PACKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dq = ds k * scale for one query tile of one head, ds = p * (dout v^T - delta)."""
@@ -187,13 +196,17 @@ def _attention_dq_kernel(
     if CAUSAL:
         tile = n_tiles - 1 - tile
     m0 = tile * BLOCK_M
-    k_base, v_base = b * k_sb + (h // group) * k_sh, b * v_sb + (h // group) * v_sh
+    n_queries, n_keys = _length(QueryStarts, b, n_queries, PACKED), _length(KeyStarts, b, n_keys, PACKED)
+    k_base = _first(KeyStarts, b, k_sb, k_st, PACKED) + (h // group) * k_sh
+    v_base = _first(KeyStarts, b, v_sb, v_st, PACKED) + (h // group) * v_sh
+    q_base = _first(QueryStarts, b, q_sb, q_st, PACKED) + h * q_sh
+    do_base = _first(QueryStarts, b, do_sb, do_st, PACKED) + h * do_sh
     offset = n_keys - n_queries
-    q = _tile(Q, b * q_sb + h * q_sh, m0, q_st, n_queries, BLOCK_M, D, BLOCK_D, True)
-    dout = _tile(DOut, b * do_sb + h * do_sh, m0, do_st, n_queries, BLOCK_M, D, BLOCK_D, True)
+    q = _tile(Q, q_base, m0, q_st, n_queries, BLOCK_M, D, BLOCK_D, True)
+    dout = _tile(DOut, do_base, m0, do_st, n_queries, BLOCK_M, D, BLOCK_D, True)
     row = m0 + tl.arange(0, BLOCK_M)
     inside = row < n_queries
-    row += bh * n_queries
+    row += _first(QueryStarts, b, s_sb, 1, PACKED) + h * s_sh
     base = tl.load(Base + row, mask=inside, other=0.0 if q.dtype == tl.float32 else float("inf"))
     norm = tl.load(Norm + row, mask=inside, other=0.0) if q.dtype == tl.float32 else base
     delta = tl.load(Delta + row, mask=inside, other=0.0)
@@ -205,6 +218,9 @@ def _attention_dq_kernel(
     if CAUSAL:
         end = tl.minimum(n_keys, tl.maximum(m0 + BLOCK_M + offset, 0))
         full = tl.minimum(n_keys, tl.maximum(m0 + 1 + offset, 0))
+    if PACKED:
+        end = tl.where(m0 < n_queries, end, 0)
+        full = tl.minimum(full, end)
     full = full // BLOCK_N * BLOCK_N
     if WINDOW:
         begin = tl.maximum(m0 + 1 + offset - window, 0) // BLOCK_N * BLOCK_N
@@ -225,4 +241,14 @@ def _attention_dq_kernel(
         m0, full, end, n_keys, offset, window, scale, cap,
         True, CAUSAL, WINDOW, CAP, D, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    _store_tile(DQ, b * dq_sb + h * dq_sh, m0, dq_st, n_queries, dq * scale, BLOCK_M, D, BLOCK_D)
+    _store_tile(
+        DQ,
+        _first(QueryStarts, b, dq_sb, dq_st, PACKED) + h * dq_sh,
+        m0,
+        dq_st,
+        n_queries,
+        dq * scale,
+        BLOCK_M,
+        D,
+        BLOCK_D,
+    )

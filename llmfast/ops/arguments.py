@@ -128,6 +128,14 @@ def _check_attention(op: str, scale: float | None, **tensors: Tensor) -> float:
     return 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
 
 
+def _check_scores(op: str, causal: bool, window: int | None, softcap: float) -> None:
+    if window is not None and (type(window) is not int or window < 1 or not causal):
+        remedy = "it must be a positive integer, with causal=True" if causal else "it needs causal=True"
+        raise InputError(f"{op}: window is {window!r}; {remedy}")
+    if not 0.0 <= softcap < math.inf:
+        raise InputError(f"{op}: softcap is {softcap}; it must be positive and finite, or 0 for none")
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -144,12 +152,44 @@ def attention(
         raise InputError(
             f"attention: k has shape {tuple(k.shape)} but q {tuple(q.shape)}; their batch must be the same"
         )
-    if window is not None and (type(window) is not int or window < 1 or not causal):
-        remedy = "it must be a positive integer, with causal=True" if causal else "it needs causal=True"
-        raise InputError(f"attention: window is {window!r}; {remedy}")
-    if not 0.0 <= softcap < math.inf:
-        raise InputError(f"attention: softcap is {softcap}; it must be positive and finite, or 0 for none")
+    _check_scores("attention", causal, window, softcap)
     return q, k, v, bool(causal), scale, window, float(softcap), bool(return_lse)
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float = 0.0,
+    return_lse: bool = False,
+) -> tuple[Any, ...]:
+    op = "attention_varlen"
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if isinstance(t, Tensor) and t.dim() != 3:
+            raise InputError(f"{op}: {name} has shape {tuple(t.shape)}; it must be (all tokens, heads, head_dim)")
+    four = {n: t[None] if isinstance(t, Tensor) else t for n, t in (("q", q), ("k", k), ("v", v))}
+    scale = _check_attention(op, scale, **four)
+    _check_scores(op, causal, window, softcap)
+    for name, t in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if not isinstance(t, Tensor) or t.dim() != 1 or t.dtype != torch.int32 or t.device != q.device or len(t) < 1:
+            got = f"{tuple(t.shape)} {t.dtype} on {t.device}" if isinstance(t, Tensor) else type(t).__name__
+            raise InputError(f"{op}: {name} is {got}; it must be (sequences + 1,) int32 on {q.device}")
+    if len(cu_seqlens_q) != len(cu_seqlens_k):
+        raise InputError(f"{op}: cu_seqlens_q has {len(cu_seqlens_q)} entries but cu_seqlens_k {len(cu_seqlens_k)}")
+    for name, n in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if not isinstance(n, int) or n < 0:
+            raise InputError(f"{op}: {name} is {n!r}; it must be the length of the longest sequence, an integer")
+    starts = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    options = (bool(causal), scale, window, float(softcap), bool(return_lse))
+    return q, k, v, *starts, max_seqlen_q, max_seqlen_k, *options
 
 
 def decode_attention(
@@ -351,6 +391,7 @@ ARGUMENTS = {
     "softmax": softmax,
     "layer_norm": layer_norm,
     "attention": attention,
+    "attention_varlen": attention_varlen,
     "decode_attention": decode_attention,
     "rms_norm": rms_norm,
     "add_layer_norm": add_layer_norm,

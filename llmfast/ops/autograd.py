@@ -255,12 +255,7 @@ class Attention(torch.autograd.Function):
         out, statistics = kernels.attention_fwd(q, k, v, *options, return_lse)
         ctx.kernels, ctx.options = kernels, options
         ctx.save_for_backward(q, k, v, out, statistics)
-        if not return_lse:
-            return out
-        largest, total = statistics
-        lse = torch.where(total == 0.0, -torch.inf, largest * abs(scale) + total.log())
-        ctx.mark_non_differentiable(lse)
-        return out, lse
+        return _with_lse(ctx, out, statistics, scale) if return_lse else out
 
     @staticmethod
     @once_differentiable
@@ -269,10 +264,52 @@ class Attention(torch.autograd.Function):
         return None, dq, dk, dv, *[None] * 5
 
 
+class AttentionVarlen(torch.autograd.Function):
+    """As Attention."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernels: ModuleType,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        query_starts: Tensor,
+        key_starts: Tensor,
+        max_queries: int,
+        max_keys: int,
+        causal: bool,
+        scale: float,
+        window: int | None,
+        softcap: float,
+        return_lse: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        options = (max_queries, max_keys, causal, scale, window, softcap)
+        out, statistics = kernels.attention_varlen_fwd(q, k, v, query_starts, key_starts, *options, return_lse)
+        ctx.kernels, ctx.options = kernels, options
+        ctx.save_for_backward(q, k, v, query_starts, key_starts, out, statistics)
+        return _with_lse(ctx, out, statistics, scale) if return_lse else out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        dq, dk, dv = ctx.kernels.attention_varlen_bwd(grad_outputs[0], *ctx.saved_tensors, *ctx.options)
+        return None, dq, dk, dv, *[None] * 9
+
+
+def _with_lse(ctx: Any, out: Tensor, statistics: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """out and, without a gradient, the log-sum-exp of its scores."""
+    largest, total = statistics
+    lse = torch.where(total == 0.0, -torch.inf, largest * abs(scale) + total.log())
+    ctx.mark_non_differentiable(lse)
+    return out, lse
+
+
 FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
     "softmax": Softmax,
     "layer_norm": LayerNorm,
     "attention": Attention,
+    "attention_varlen": AttentionVarlen,
     "rms_norm": RMSNorm,
     "add_layer_norm": AddLayerNorm,
     "add_rms_norm": AddRMSNorm,

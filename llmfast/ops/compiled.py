@@ -131,6 +131,8 @@ _RESULTS: dict[str, Callable[..., Any]] = {
     ),
     "embedding_bwd": lambda dy, weight, *_: _like(weight),
     "attention_fwd": lambda q, *_: (_like(q), _float(q, 2, q.shape[0], q.shape[2], q.shape[1])),
+    "attention_varlen_fwd": lambda q, *_: (_like(q), _float(q, 2, q.shape[1], q.shape[0])),
+    "attention_varlen_bwd": lambda dout, q, k, v, *_: (_like(q), _like(k), _like(v)),
     "attention_bwd": lambda dout, q, k, v, *_: (_like(q), _like(k), _like(v)),
     "decode_attention_fwd": lambda q, *_: _like(q),
 }

@@ -105,6 +105,33 @@ def decode_attention(
     return _run("decode_attention", backend, args)
 
 
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float = 0.0,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """`attention` of sequences of different lengths that lie one after another, each apart from the others.
+
+    q: (all queries, H, D); k, v: (all keys, Hkv, D); cu_seqlens: (B + 1,) int32, where each sequence begins and the
+    last ends, on the tensors' device, from which the host does not read them; max_seqlen: at least the longest.
+    -> (all queries, H, D), with `return_lse` also (H, all queries).
+    """
+    options = {"causal": causal, "scale": scale, "window": window, "softcap": softcap, "return_lse": return_lse}
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return _run("attention_varlen", backend, arguments.attention_varlen(q, k, v, *lengths, **options))
+
+
 def rms_norm(
     x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, offset: float = 0.0, backend: str | None = None
 ) -> Tensor:

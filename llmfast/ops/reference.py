@@ -100,6 +100,34 @@ def attention(
     return (out, scores.logsumexp(-1).flatten(1, 2).detach()) if return_lse else out
 
 
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_starts: Tensor,
+    key_starts: Tensor,
+    max_queries: int,
+    max_keys: int,
+    causal: bool,
+    scale: float,
+    window: int | None = None,
+    softcap: float = 0.0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` of sequences that lie one after another: q (all queries, H, D); k, v (all keys, Hkv, D). Sequence b
+    has the rows from starts[b] to starts[b + 1], of which there may be none. Log-sum-exp: (H, all queries)."""
+    outs, lses = [q[:0]], [q.new_empty((q.shape[1], 0), dtype=_accumulation_dtype(q))]
+    first_q, first_k = query_starts.tolist(), key_starts.tolist()
+    for i in range(len(first_q) - 1):
+        queries, keys = slice(*first_q[i : i + 2]), slice(*first_k[i : i + 2])
+        tensors = q[queries][None], k[keys][None], v[keys][None]
+        out, lse = attention(*tensors, causal, scale, window, softcap, True)
+        outs.append(out[0])
+        lses.append(lse[0])
+    out = torch.cat(outs) + 0 * (k.sum() + v.sum()).to(q.dtype)  # of keys that no query saw, too, the gradient is 0
+    return (out, torch.cat(lses, 1)) if return_lse else out
+
+
 def decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, block_table: Tensor | None, scale: float
 ) -> Tensor:

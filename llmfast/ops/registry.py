@@ -58,6 +58,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "softmax": (_triton("softmax"), _CUDA, _CPP),
     "layer_norm": (_triton("norm"), _CUDA, _CPP),
     "attention": (_triton("attention"), _CPP),
+    "attention_varlen": (_triton("attention"),),
     "decode_attention": (_triton("decode_attention"), _CPP),
     "rms_norm": (_triton("norm"), _CUDA, _CPP),
     "add_layer_norm": (_triton("norm"), _CUDA, _CPP),

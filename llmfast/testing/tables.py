@@ -10,6 +10,7 @@ from .cases import (
     LinearCrossEntropyCase,
     RopeCase,
     RowCase,
+    VarlenAttentionCase,
 )
 
 
@@ -102,6 +103,15 @@ _ATTENTION_OPTIONS = [
     *(AttentionCase(1, 70, 90, 4, 2, 64, causal, softcap=c) for causal in (False, True) for c in (0.5, 50.0)),
 ]
 
+# Sequences shorter and longer than a tile, without queries, without keys, without either, and none at all.
+_VARLEN_LENGTHS = (
+    ((70, 70),),
+    ((5, 5), (0, 4), (130, 130), (3, 0), (0, 0), (1, 70)),
+    tuple((n % 7, n % 5) for n in range(20)),
+    ((33, 90), (90, 33)),
+    (),
+)
+
 TEST_CASES: dict[str, list[Case]] = {
     # A row of one element has a norm whose gradient is a true zero: beside the sum's gradient its rounding would show.
     **{op: _rows(op, *(s for s in _ROW_SHAPES if s[1] > 1 or not op.startswith("add_"))) for op in ROW_INPUTS},
@@ -120,6 +130,14 @@ TEST_CASES: dict[str, list[Case]] = {
     "attention": [
         *(AttentionCase(*shape, causal) for shape in _ATTENTION_SHAPES for causal in (False, True)),
         *_ATTENTION_OPTIONS,
+    ],
+    "attention_varlen": [
+        *(VarlenAttentionCase(n, 4, 2, 16, causal) for n in _VARLEN_LENGTHS for causal in (False, True)),
+        *(
+            VarlenAttentionCase(n, 2, 1, 64, True, w, c)
+            for n in _VARLEN_LENGTHS[1:4]
+            for w, c in ((9, 0.0), (None, 2.0))
+        ),
     ],
     "decode_attention": [
         DecodeAttentionCase(*shape, ragged=ragged) for shape in _DECODE_SHAPES for ragged in (False, True)
@@ -175,6 +193,7 @@ SMALL_CASES: dict[str, Case] = {
     "linear_cross_entropy": LinearCrossEntropyCase(64, 64, 768),
     "embedding": EmbeddingCase(64, 768, 64),
     "attention": AttentionCase(1, 64, 64, 12, 12, 64, True),
+    "attention_varlen": VarlenAttentionCase(((40, 40), (24, 24)), 12, 12, 64, True),
     "decode_attention": DecodeAttentionCase(1, 1, 1024, 12, 12, 64),
 }
 

@@ -24,6 +24,7 @@ from llmfast.testing.cases import (
     LinearCrossEntropyCase,
     RopeCase,
     RowCase,
+    VarlenAttentionCase,
     make_inputs,
 )
 
@@ -36,6 +37,7 @@ CASES: list[Case] = [
     RopeCase(2, 5, 2, 16),
     RopeCase(2, 5, 2, 16, interleaved=True),
     EmbeddingCase(30, 9, 40),
+    VarlenAttentionCase(((9, 9), (0, 0), (4, 7)), 4, 2, 16, causal=True),
     AttentionCase(2, 9, 9, 4, 2, 16, causal=True),
     AttentionCase(2, 9, 9, 4, 2, 16, causal=True, window=3, softcap=2.0),
     DecodeAttentionCase(2, 3, 9, 4, 2, 16),

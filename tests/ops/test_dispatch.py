@@ -64,6 +64,11 @@ def calls(device: str, dtype: torch.dtype = torch.float32) -> dict[str, tuple[An
         "layer_norm": (t(2, 8), t(8), t(8)),
         "rms_norm": (t(2, 8), t(8)),
         "attention": (t(1, 4, 2, 16), t(1, 4, 1, 16), t(1, 4, 1, 16)),
+        "attention_varlen": (
+            *(t(4, 2, 16), t(4, 1, 16), t(4, 1, 16)),
+            *[torch.tensor([0, 3, 4], dtype=torch.int32, device=device)] * 2,
+            *(3, 3),
+        ),
         "gelu": (t(2, 8),),
         "bias_gelu": (t(2, 8), t(8)),
         "swiglu": (t(2, 8), t(2, 8)),
@@ -382,7 +387,7 @@ def test_explain_refuses_unknown_ops() -> None:
 
 def test_the_table_covers_every_public_op() -> None:
     functions = {name for name in ops.__all__ if name in vars(reference) and name != "decode_attention"}
-    assert functions == set(OPS) == set(calls("cpu")) and len(functions) == 14
+    assert functions == set(OPS) == set(calls("cpu")) and len(functions) == 15
     assert {op for op in OPS if BACKENDS[op]} <= set(autograd.FUNCTIONS)
 
 

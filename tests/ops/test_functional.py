@@ -4,6 +4,7 @@ import ast
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,13 @@ def decode(**changed: Tensor) -> Tensor:
     """A right call of decode_attention but for what is changed."""
     cache = {"k_cache": t(2, 3, 1, 4), "v_cache": t(2, 3, 1, 4), "lengths": torch.tensor([3, 1], dtype=torch.int32)}
     return ops.decode_attention(**({"q": t(2, 1, 2, 4)} | cache | changed))
+
+
+def varlen(**changed: Any) -> Tensor:
+    """As `decode`, of attention_varlen."""
+    right: dict[str, Any] = {name: t(2, 1, 4) for name in ("q", "k", "v")}
+    right |= {name: torch.tensor([0, 2], dtype=torch.int32) for name in ("cu_seqlens_q", "cu_seqlens_k")}
+    return ops.attention_varlen(**(right | {"max_seqlen_q": 2, "max_seqlen_k": 2} | changed))
 
 
 # (call, how its message starts, what else it names)
@@ -73,6 +81,12 @@ WRONG: list[tuple[Callable[[], object], str, str]] = [
     (lambda: ops.attention(t(1, 2, 3, 4), *[t(1, 2, 2, 4)] * 2), "attention: 3 query heads ", "2 key heads"),
     (lambda: ops.attention(t(1, 2, 3, 4), *[t(1, 2, 0, 4)] * 2), "attention: 3 query heads ", "0 key heads"),
     (lambda: ops.attention(*[t(1, 2, 1, 4)] * 3, scale=float("inf")), "attention: scale ", "inf"),
+    (lambda: varlen(q=t(1, 2, 1, 4)), "attention_varlen: q ", "(all tokens, heads, head_dim)"),
+    (lambda: varlen(cu_seqlens_q=t(2)), "attention_varlen: cu_seqlens_q ", "torch.float32"),
+    (lambda: varlen(cu_seqlens_k=[0, 2]), "attention_varlen: cu_seqlens_k ", "list"),
+    (lambda: varlen(cu_seqlens_k=torch.zeros(3, dtype=torch.int32)), "attention_varlen: cu_seqlens_q ", "2 entries"),
+    (lambda: varlen(max_seqlen_k=-1), "attention_varlen: max_seqlen_k ", "is -1"),
+    (lambda: varlen(max_seqlen_q=2.0), "attention_varlen: max_seqlen_q ", "is 2.0"),
     (lambda: ops.attention(*[t(1, 2, 1, 4)] * 3, window=2), "attention: window ", "it needs causal=True"),
     (lambda: ops.attention(*[t(1, 2, 1, 4)] * 3, causal=True, window=0), "attention: window ", "is 0"),
     (lambda: ops.attention(*[t(1, 2, 1, 4)] * 3, causal=True, window=1.5), "attention: window ", "is 1.5"),
@@ -190,9 +204,12 @@ def test_results_have_the_inputs_dtype_and_shape(op: str, backend: str, dtype: t
     def leaf(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, device=device).to(dtype).requires_grad_()
 
+    def starts(*rows: int) -> Tensor:
+        return torch.tensor(rows, dtype=torch.int32, device=device)
+
     parameter = torch.promote_types(dtype, torch.float32) if dtype is not torch.float64 else dtype
     for shape in [(6,), (3, 6), (2, 3, 6), (2, 1, 3, 6), (0, 6)]:
-        if op in ("attention", "rope") and len(shape) != 4:
+        if len(shape) != {"attention": 4, "rope": 4, "attention_varlen": 3}.get(op, len(shape)):
             continue
         leaves = {
             "softmax": lambda s: [leaf(*s)],
@@ -205,11 +222,13 @@ def test_results_have_the_inputs_dtype_and_shape(op: str, backend: str, dtype: t
             "rms_norm": lambda s: [leaf(*s), leaf(6, dtype=parameter)],
             "bias_gelu": lambda s: [leaf(*s), leaf(6, dtype=parameter)],
             "attention": lambda s: [leaf(2, 3, 4, 6), leaf(2, 5, 2, 6), leaf(2, 5, 2, 6)],
+            "attention_varlen": lambda s: [leaf(5, 4, 6), leaf(7, 2, 6), leaf(7, 2, 6)],
             "rope": lambda s: [leaf(*s)],
             "cross_entropy": lambda s: [leaf(4, 6)],
         }[op](shape)
         extra = {
             "cross_entropy": [torch.tensor([0, 5, -100, 2], device=device)],
+            "attention_varlen": [starts(0, 2, 5), starts(0, 7, 7), 3, 7],
             "rope": [torch.randn(shape[1] if len(shape) == 4 else 1, 3, dtype=parameter, device=device)] * 2,
         }.get(op, [])
         outs = outputs(getattr(ops, op)(*leaves, *extra, backend=backend))

@@ -6,7 +6,7 @@
 import torch
 from torch import Tensor
 
-from .attention import AttentionCase, DecodeAttentionCase
+from .attention import AttentionCase, DecodeAttentionCase, VarlenAttentionCase
 from .base import Result, Work
 from .embeddings import EmbeddingCase, RopeCase
 from .losses import CrossEntropyCase, LinearCrossEntropyCase
@@ -23,12 +23,20 @@ __all__ = [
     "Result",
     "RopeCase",
     "RowCase",
+    "VarlenAttentionCase",
     "Work",
     "make_inputs",
 ]
 
 Case = (
-    RowCase | CrossEntropyCase | LinearCrossEntropyCase | RopeCase | EmbeddingCase | AttentionCase | DecodeAttentionCase
+    RowCase
+    | CrossEntropyCase
+    | LinearCrossEntropyCase
+    | RopeCase
+    | EmbeddingCase
+    | AttentionCase
+    | VarlenAttentionCase
+    | DecodeAttentionCase
 )
 
 

@@ -1,6 +1,7 @@
 """Cases of attention, and of attention over a key-value cache."""
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -96,6 +97,74 @@ class AttentionCase(Defaults):
         flops = 4.0 * self.batch * self.heads * self.n_queries * self.n_keys * self.head_dim
         flops *= (0.5 if self.causal else 1.0) * (1.0 if direction == "fwd" else 2.5)
         elements = sum(math.prod(shape) for shape in self.inputs.values()) + math.prod(self.inputs["q"])
+        return Work(float(elements * itemsize * (1 if direction == "fwd" else 2)), flops)
+
+
+@functools.cache
+def _starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device)
+
+
+@dataclass(frozen=True)
+class VarlenAttentionCase(Defaults):
+    """Attention of sequences of these (queries, keys) one after another."""
+
+    lengths: tuple[tuple[int, int], ...]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    causal: bool
+    window: int | None = None
+    softcap: float = 0.0
+    op: str = "attention_varlen"
+
+    @property
+    def label(self) -> str:
+        lengths = "+".join(str(q) if q == k else f"{q}/{k}" for q, k in self.lengths) or "nothing"
+        label = f"T{lengths} H{self.heads}/{self.kv_heads} D{self.head_dim} {'causal' if self.causal else 'full'}"
+        return label + f" window {self.window}" * bool(self.window) + f" softcap {self.softcap:g}" * bool(self.softcap)
+
+    def looseness(self, result: Tensor) -> float:
+        """As AttentionCase's, of which these are many."""
+        return 3.0 if result.dtype == torch.float32 else 2.0
+
+    @property
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        queries, keys = (sum(n) for n in zip(*self.lengths, strict=True)) if self.lengths else (0, 0)
+        kv = (keys, self.kv_heads, self.head_dim)
+        return {"q": (queries, self.heads, self.head_dim), "k": kv, "v": kv}
+
+    @property
+    def output(self) -> tuple[int, ...]:
+        return self.inputs["q"]
+
+    def ours(self, *tensors: Tensor, backend: str) -> Tensor:
+        queries, keys = zip(*self.lengths, strict=True) if self.lengths else ((), ())
+        q, k, v = tensors
+        starts = [_starts(tuple(n), q.device) for n in (queries, keys)]
+        options = {"causal": self.causal, "window": self.window, "softcap": self.softcap}
+        return ops.attention_varlen(
+            q, k, v, starts[0], starts[1], max((0, *queries)), max((0, *keys)), backend=backend, **options
+        )
+
+    def torch(self, *tensors: Tensor) -> Tensor:
+        """Sequence after sequence."""
+        outs, first_q, first_k = [0 * sum(t.sum() for t in tensors) + tensors[0][:0]], 0, 0
+        for n_queries, n_keys in self.lengths:
+            case = AttentionCase(
+                1, n_queries, n_keys, self.heads, self.kv_heads, self.head_dim, self.causal, self.window, self.softcap
+            )
+            q = tensors[0][first_q : first_q + n_queries]
+            k, v = (t[first_k : first_k + n_keys] for t in tensors[1:])
+            outs.append(case.torch(q[None], k[None], v[None])[0] if n_keys else 0 * q)
+            first_q, first_k = first_q + n_queries, first_k + n_keys
+        return torch.cat(outs)
+
+    def work(self, direction: str, itemsize: int) -> Work:
+        """As AttentionCase's."""
+        pairs = sum(q * k for q, k in self.lengths) * (0.5 if self.causal else 1.0)
+        flops = 4.0 * self.heads * pairs * self.head_dim * (1.0 if direction == "fwd" else 2.5)
+        elements = sum(math.prod(shape) for shape in self.inputs.values()) + math.prod(self.output)
         return Work(float(elements * itemsize * (1 if direction == "fwd" else 2)), flops)
 
 
