@@ -4,5 +4,6 @@ from .cache import KVCache
 from .config import Config
 from .gpt import GPT
 from .presets import PRESETS, preset
+from .rope import RopeScaling
 
-__all__ = ["GPT", "PRESETS", "Config", "KVCache", "preset"]
+__all__ = ["GPT", "PRESETS", "Config", "KVCache", "RopeScaling", "preset"]

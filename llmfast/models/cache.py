@@ -1,5 +1,7 @@
 """The key-value cache of a model being decoded."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,16 +40,18 @@ class KVCache:
         self.values[layer, :, self.length : end] = v
         return self.keys[layer, :, :end], self.values[layer, :, :end]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """Append (B, T, Hkv, D) and let q, (B, T, H, D), see all keys up to each token's own; -> (B, T, H, D).
 
-        On a GPU a few tokens take the kernel that shares a sequence's keys out; on a CPU `attention` does so itself.
+        `options` are those of `attention`. On a GPU a few tokens take the kernel that shares a sequence's keys out, if
+        it has the options; on a CPU `attention` does so itself.
         """
         keys, values = self.append(layer, k, v)
         trained = torch.is_grad_enabled() and (q.requires_grad or keys.requires_grad)
-        if not q.is_cuda or q.shape[1] > MAX_DECODED or trained:
-            return ops.attention(q, keys, values, causal=True)
-        return ops.decode_attention(q, self.keys[layer], self.values[layer], self._device_lengths(keys.shape[1]))
+        if not q.is_cuda or q.shape[1] > MAX_DECODED or trained or options.keys() - {"scale"}:
+            return ops.attention(q, keys, values, causal=True, **options)
+        lengths = self._device_lengths(keys.shape[1])
+        return ops.decode_attention(q, self.keys[layer], self.values[layer], lengths, **options)
 
     def _device_lengths(self, length: int) -> Tensor:
         """(B,) of `length`, made by the first layer of a forward pass."""

@@ -11,6 +11,7 @@ from ..errors import InputError
 from .cache import KVCache
 from .config import Config
 from .layers import Block, Linear, Norm
+from .rope import rope_table
 
 
 class GPT(nn.Module):
@@ -20,8 +21,7 @@ class GPT(nn.Module):
     `compute_dtype`, too: as each is rounded to it before use, no result depends on that.
     """
 
-    rotary_cos: Tensor
-    rotary_sin: Tensor
+    rotary: Tensor | None
 
     def __init__(self, config: Config, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -33,10 +33,9 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = Norm(config)
         self.head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size, bias=False)
-        cos, sin = _rotary_table(config) if config.position == "rope" else (None, None)
-        self.register_buffer("rotary_cos", cos, persistent=False)
-        self.register_buffer("rotary_sin", sin, persistent=False)
-        self.register_load_state_dict_post_hook(_refill_rotary_table)
+        self.register_buffer("rotary", _rotary_tables(config), persistent=False)
+        self.register_load_state_dict_post_hook(_refill_tables)
+        self._embedding_scale = float(torch.tensor(config.embedding_scale, dtype=compute_dtype, device="cpu"))
         self._initialise()
 
     def _initialise(self) -> None:
@@ -59,11 +58,13 @@ class GPT(nn.Module):
                 f"{start + length} tokens do not fit the context of {self.config.context_length}; shorten the input"
             )
         x = ops.embedding(self.token_embedding.weight, ids).to(self.compute_dtype)
+        if self._embedding_scale != 1.0:
+            x = x * self._embedding_scale
         if self.position_embedding is not None:
             x = x + self.position_embedding.weight[start : start + length].to(x.dtype)
-            rotary = None
-        else:
-            rotary = (self.rotary_cos[start : start + length], self.rotary_sin[start : start + length])
+        rotary = None
+        if self.rotary is not None:
+            rotary = [(cos, sin) for cos, sin in self.rotary[:, :, start : start + length]]
         branch, residual = None, self.dropout(x)
         for block in self.blocks:
             branch, residual = block(branch, residual, rotary, cache)
@@ -72,24 +73,32 @@ class GPT(nn.Module):
         if last_only:
             branch, residual = (x[:, -1:] for x in (branch, residual))
         x, _ = self.norm(branch, residual)
-        return F.linear(x, self.token_embedding.weight.to(x.dtype)) if self.head is None else self.head(x)
+        logits = F.linear(x, self.token_embedding.weight.to(x.dtype)) if self.head is None else self.head(x)
+        cap = self.config.logit_softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of predicting targets (B, T) from ids (B, T); -100 in targets is left out."""
         return ops.cross_entropy(self(ids).flatten(0, 1), targets.flatten(), in_place=True)
 
+    def refill_tables(self) -> None:
+        """What no checkpoint holds: called when a model made on the meta device has got memory and weights."""
+        if self.rotary is not None:
+            tables = _rotary_tables(self.config)
+            assert tables is not None
+            self.rotary.copy_(tables)
 
-def _refill_rotary_table(model: nn.Module, _: object) -> None:
-    """After loading: a model made on the meta device has weights now, but the tables are in no checkpoint."""
+
+def _refill_tables(model: nn.Module, _: object) -> None:
     assert isinstance(model, GPT)
-    if model.config.position == "rope":
-        cos, sin = _rotary_table(model.config)
-        model.rotary_cos.copy_(cos)
-        model.rotary_sin.copy_(sin)
+    model.refill_tables()
 
 
-def _rotary_table(config: Config) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * theta^(-2i/D), each (context_length, D/2) (https://arxiv.org/abs/2104.09864)."""
-    half = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-    angles = torch.outer(torch.arange(config.context_length, dtype=torch.float64), config.rope_theta**-half)
-    return angles.cos().float(), angles.sin().float()
+def _rotary_tables(config: Config) -> Tensor | None:
+    """(n_tables, 2, context_length, D/2): cos and sin of the global layers, then those of local ones with a base."""
+    if config.position != "rope":
+        return None
+    tables = [rope_table(config.context_length, config.head_dim, config.rope_theta, config.rope_scaling)]
+    if config.local_rope_theta is not None:
+        tables.append(rope_table(config.context_length, config.head_dim, config.local_rope_theta, None))
+    return torch.stack(tables)

@@ -1,5 +1,8 @@
 """The parts of a decoder block. Weights stay in their own dtype (float32 when training) and are cast to the input's."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,6 +10,8 @@ from torch import Tensor, nn
 from .. import ops
 from .cache import KVCache
 from .config import Config
+
+Rotary = Sequence[tuple[Tensor, Tensor]]  # cos, sin, each (T, D/2): the global layers' and any of the local ones
 
 
 class Linear(nn.Linear):
@@ -18,24 +23,25 @@ class Linear(nn.Linear):
 
 
 class Norm(nn.Module):
-    """Layer or RMS normalisation, as the configuration says."""
+    """Layer or RMS normalisation over the last dimension, as the configuration says."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, size: int | None = None) -> None:
         super().__init__()
-        self.kind, self.eps = config.norm, config.norm_eps
-        self.weight = nn.Parameter(torch.ones(config.d_model))
-        self.bias = nn.Parameter(torch.zeros(config.d_model)) if config.norm == "layer_norm" else None
+        size = size or config.d_model
+        self.kind, self.eps, self.offset = config.norm, config.norm_eps, config.norm_offset
+        self.weight = nn.Parameter(torch.full((size,), 1.0 - config.norm_offset))
+        self.bias = nn.Parameter(torch.zeros(size)) if config.norm == "layer_norm" else None
 
     def forward(self, branch: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of residual + branch, and that sum; both (..., d_model). Before the first branch there is none."""
+        """The norm of residual + branch, and that sum; both (..., N). Before the first branch there is none."""
         weight, bias = _parameter(self.weight, residual), _parameter(self.bias, residual)
         if self.kind == "layer_norm":
             if branch is None:
                 return ops.layer_norm(residual, weight, bias, self.eps), residual
             return ops.add_layer_norm(branch, residual, weight, bias, self.eps)
         if branch is None:
-            return ops.rms_norm(residual, weight, self.eps), residual
-        return ops.add_rms_norm(branch, residual, weight, self.eps)
+            return ops.rms_norm(residual, weight, self.eps, offset=self.offset), residual
+        return ops.add_rms_norm(branch, residual, weight, self.eps, offset=self.offset)
 
 
 class Attention(nn.Module):
@@ -45,31 +51,50 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.n_kv_head, self.head_dim = layer, config.n_kv_head, config.head_dim
         self.heads = (config.n_head, config.n_kv_head, config.n_kv_head)
-        self.qkv = Linear(config.d_model, sum(self.heads) * config.head_dim, bias=config.bias)
+        self.qkv = Linear(config.d_model, sum(self.heads) * config.head_dim, bias=config.has_bias("qkv"))
         self.proj = Linear(config.n_head * config.head_dim, config.d_model, bias=config.bias)
+        self.q_norm = Norm(config, config.head_dim) if config.qk_norm else None
+        self.k_norm = Norm(config, config.head_dim) if config.qk_norm else None
+        self.rotary = 1 if config.local_rope_theta is not None and config.is_local(layer) else 0
+        options = {
+            "scale": config.attention_scale,
+            "window": config.window if config.is_local(layer) else None,
+            "softcap": config.attention_softcap or None,
+        }
+        self.options: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None, cache: KVCache | None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)  # (B, T, H or Hkv, D)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(None, q)[0], self.k_norm(None, k)[0]
         if rotary is not None:
-            q, k = ops.rope(q, *rotary), ops.rope(k, *rotary)
-        out = ops.attention(q, k, v, causal=True) if cache is None else cache.attend(self.layer, q, k, v)
+            cos, sin = rotary[self.rotary]
+            q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
+        if cache is None:
+            out = ops.attention(q, k, v, causal=True, **self.options)
+        else:
+            out = cache.attend(self.layer, q, k, v, **self.options)
         return self.proj(out.flatten(2))
 
 
 class MLP(nn.Module):
-    """Two matrix products with an activation between; gated for SwiGLU, gate and up in one product."""
+    """Two matrix products with an activation between; where that is gated, gate and up come from one product."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.kind = config.mlp
-        self.up = Linear(config.d_model, config.d_mlp * (2 if config.mlp == "swiglu" else 1), bias=config.bias)
-        self.down = Linear(config.d_mlp, config.d_model, bias=config.bias)
+        self.kind, bias = config.mlp, config.has_bias("mlp")
+        self.up = Linear(config.d_model, config.d_mlp * (2 if config.gated else 1), bias=bias)
+        self.down = Linear(config.d_mlp, config.d_model, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kind == "swiglu":
-            return self.down(ops.swiglu(*self.up(x).chunk(2, dim=-1)))
-        h, bias = F.linear(x, self.up.weight.to(x.dtype)), _parameter(self.up.bias, x)
-        return self.down(ops.bias_gelu(h, bias, approximate="tanh" if self.kind == "gelu_tanh" else "none"))
+        approximate = "tanh" if self.kind in ("gelu_tanh", "geglu_tanh") else "none"
+        if self.kind in ("gelu", "gelu_tanh"):
+            h, bias = F.linear(x, self.up.weight.to(x.dtype)), _parameter(self.up.bias, x)
+            return self.down(ops.bias_gelu(h, bias, approximate=approximate))
+        gate, up = self.up(x).chunk(2, dim=-1)
+        return self.down(
+            ops.swiglu(gate, up) if self.kind == "swiglu" else ops.geglu(gate, up, approximate=approximate)
+        )
 
 
 def _parameter(p: Tensor | None, x: Tensor) -> Tensor | None:
@@ -83,13 +108,21 @@ class Block(nn.Module):
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         self.attention_norm, self.attention = Norm(config), Attention(config, layer)
+        self.attention_post_norm = Norm(config) if config.post_norms else None
         self.mlp_norm, self.mlp = Norm(config), MLP(config)
+        self.mlp_post_norm = Norm(config) if config.post_norms else None
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, branch: Tensor | None, residual: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None
+        self, branch: Tensor | None, residual: Tensor, rotary: Rotary | None, cache: KVCache | None
     ) -> tuple[Tensor, Tensor]:
         """(branch, residual), both (B, T, d_model), whose sum is the stream -> the same after this block."""
         x, residual = self.attention_norm(branch, residual)
-        x, residual = self.mlp_norm(self.dropout(self.attention(x, rotary, cache)), residual)
-        return self.dropout(self.mlp(x)), residual
+        branch = self.attention(x, rotary, cache)
+        if self.attention_post_norm is not None:
+            branch, _ = self.attention_post_norm(None, branch)
+        x, residual = self.mlp_norm(self.dropout(branch), residual)
+        branch = self.mlp(x)
+        if self.mlp_post_norm is not None:
+            branch, _ = self.mlp_post_norm(None, branch)
+        return self.dropout(branch), residual
