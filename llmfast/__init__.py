@@ -1,7 +1,7 @@
 """llmfast: a GPT engine whose hand-written kernels plug into PyTorch.
 
-`import llmfast` loads nothing but this file; `ops`, `GPT`, `Config` and `presets` are imported on first use, and Triton
-only when a Triton kernel first runs.
+`import llmfast` loads nothing but this file; the names of `__all__` are imported on first use, and Triton only when a
+Triton kernel first runs.
 """
 
 import importlib
@@ -12,11 +12,19 @@ if TYPE_CHECKING:
     from .models import GPT as GPT
     from .models import PRESETS as PRESETS
     from .models import Config as Config
+    from .weights import from_pretrained as from_pretrained
+    from .weights import save_pretrained as save_pretrained
 
 __version__ = "0.1.0"
-__all__ = ["GPT", "PRESETS", "Config", "__version__", "ops"]
+__all__ = ["GPT", "PRESETS", "Config", "__version__", "from_pretrained", "ops", "save_pretrained"]
 
-_HOMES = {"GPT": "llmfast.models", "PRESETS": "llmfast.models", "Config": "llmfast.models"}
+_HOMES = {
+    "GPT": "llmfast.models",
+    "PRESETS": "llmfast.models",
+    "Config": "llmfast.models",
+    "from_pretrained": "llmfast.weights",
+    "save_pretrained": "llmfast.weights",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,6 @@
-"""Checkpoints on disk."""
+"""Weights on disk: checkpoints of runs, and models in Hugging Face's format."""
 
 from .checkpoint import Checkpoint, latest, load, save
+from .pretrained import PretrainedGPT, Source, from_pretrained, save_pretrained
 
-__all__ = ["Checkpoint", "latest", "load", "save"]
+__all__ = ["Checkpoint", "PretrainedGPT", "Source", "from_pretrained", "latest", "load", "save", "save_pretrained"]
