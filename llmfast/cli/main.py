@@ -21,6 +21,8 @@ COMMANDS = {
     "plot": ("llmfast.cli.plot:plot", "Draw the curves of one or several runs."),
     "data": ("llmfast.cli.data:data", "Prepare a text for training: tokenizer, token shards and manifest."),
     "tokenizer": ("llmfast.cli.tokenizer:tokenizer", "Train a tokenizer, or encode and decode with one."),
+    "import": ("llmfast.cli.convert:import_model", "Make a run of a model in Hugging Face's format, or of its hub."),
+    "export": ("llmfast.cli.convert:export_model", "Write a run's model in Hugging Face's format."),
     "bench": ("llmfast.cli.bench:bench", "Time an op on every backend against the reference."),
     "doctor": ("llmfast.cli.doctor:doctor", "Show the device, versions, and which backend runs each op and why."),
 }

@@ -20,6 +20,7 @@ except ImportError:  # Windows
 
 RUNS = Path("runs")
 CONFIG = "config.json"
+CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
 METRICS = "metrics.jsonl"
 
@@ -83,12 +84,12 @@ def best_checkpoint(run_dir: Path, on_skip: Any) -> Checkpoint:
         try:
             return latest(best, on_skip)
         except CheckpointError:
-            on_skip(f"{best}: holds no undamaged weights; taking the newest of {run_dir / 'checkpoints'}")
-    return latest(run_dir / "checkpoints", on_skip)
+            on_skip(f"{best}: holds no undamaged weights; taking the newest of {run_dir / CHECKPOINTS}")
+    return latest(run_dir / CHECKPOINTS, on_skip)
 
 
-def load_model(run_dir: Path, device: torch.device, dtype: torch.dtype, on_skip: Any) -> tuple[GPT, Tokenizer]:
-    """The best model of a run, in eval mode on `device`, and its tokenizer."""
+def load_weights(run_dir: Path, dtype: torch.dtype, on_skip: Any) -> GPT:
+    """The best model of a run, on the CPU; it computes in `dtype`."""
     values = read_config(run_dir)
     with config_of(run_dir):
         config = Config.from_dict(values["model"])
@@ -99,4 +100,10 @@ def load_model(run_dir: Path, device: torch.device, dtype: torch.dtype, on_skip:
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{checkpoint.path}: does not fit config.json ({reason}); restore the run") from None
+    return model
+
+
+def load_model(run_dir: Path, device: torch.device, dtype: torch.dtype, on_skip: Any) -> tuple[GPT, Tokenizer]:
+    """The best model of a run, in eval mode on `device`, and its tokenizer."""
+    model = load_weights(run_dir, dtype, on_skip)
     return model.to(device).eval(), Tokenizer.load(run_dir / "tokenizer.json")

@@ -128,6 +128,11 @@ def save_pretrained(
             copy_companions(source.folder, staging)
 
 
+def family_of(config: Config) -> str:
+    """The first family that can express `config`."""
+    return write_config(config)[0]
+
+
 def copy_companions(folder: Path, out: Path) -> None:
     """Copy tokenizer, chat template and generation settings, as far as there are any."""
     if not folder.is_dir():
