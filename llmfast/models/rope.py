@@ -84,12 +84,12 @@ def _llama3(frequencies: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
 
 
 def _yarn(frequencies: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
-    assert scaling.original_context is not None
-    half, dim = len(frequencies), 2 * len(frequencies)
+    context, half, dim = scaling.original_context, len(frequencies), 2 * len(frequencies)
+    assert context is not None
 
     def dimension(turns: float) -> float:
         """The dimension whose frequency turns so often within the original context."""
-        return dim * math.log(scaling.original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        return dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
     if scaling.truncate:

@@ -16,7 +16,7 @@ def difference_from_transformers(model: GPT, folder: Path) -> float:
     Both get the same random ids. transformers is imported here only, and need not be installed otherwise.
     """
     try:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise InputError(
             "the check compares with transformers, which is not installed: pip install transformers"
