@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llmfast.errors import InputError
-from llmfast.models import GPT, PRESETS, Config, preset
+from llmfast.models import GPT, PRESETS, Config, RopeScaling, preset
 
 TINY = PRESETS["tiny"]
 
@@ -41,6 +41,37 @@ def test_gpt2_presets(name: str, n_params: int) -> None:
 def test_round_trip_through_json(name: str) -> None:
     config = PRESETS[name]
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+WINDOWED = {"window": 4, "local_layers": (0,), "local_rope_theta": 1e4}
+
+
+def test_what_json_changes_comes_back() -> None:
+    """Tuples are lists there, and a RopeScaling an object."""
+    config = preset("tiny", rope_scaling=RopeScaling("llama3", 8.0, original_context=32), **WINDOWED)
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert [config.is_local(i) for i in range(2)] == [True, False]
+    assert [preset("tiny", window=4).is_local(i) for i in range(2)] == [True, True]
+    with pytest.raises(InputError, match=r"local_layers is \(0, 2\); give different layers below 2"):
+        preset("tiny", window=4, local_layers=(0, 2))
+    with pytest.raises(InputError, match="need position 'rope'"):
+        preset("tiny", position="learned", **WINDOWED)
+
+
+def test_a_run_from_before_a_field_existed_still_loads() -> None:
+    old = {name: value for name, value in TINY.to_dict().items() if list(TINY.to_dict()).index(name) < 16}
+    assert list(old)[-1] == "dropout"
+    assert Config.from_dict(old) == TINY
+
+
+def test_flops_of_a_window() -> None:
+    """By counting the keys that each token sees."""
+    full, windowed = preset("tiny"), preset("tiny", window=8, local_layers=(1,))
+    context = 32
+    seen = sum(min(i + 0.5, 8 * (i >= 8) + (i + 0.5) * (i < 8)) for i in range(context)) / context
+    difference = full.flops_per_token(context) - windowed.flops_per_token(context)
+    assert difference == pytest.approx(12 * full.n_head * full.head_dim * (context / 2 - seen))
+    assert preset("tiny", window=64).flops_per_token(context) == full.flops_per_token(context)
 
 
 def test_preset_takes_changes_and_keeps_the_table() -> None:
@@ -82,6 +113,20 @@ SIZES = ("vocab_size", "context_length", "n_layer", "n_head", "n_kv_head", "head
         ("n_kv_head", 3, "Config.n_head 2 is not a multiple of n_kv_head 3"),
         ("n_kv_head", 4, "Config.n_head 2 is not a multiple of n_kv_head 4"),
         ("head_dim", 7, "Config.head_dim is 7; rotary positions need an even one"),
+        ("qkv_bias", 1, "Config.qkv_bias is 1; it must be True, False or None"),
+        ("qk_norm", True, "Config.norm_offset and qk_norm need norm 'rms_norm'"),
+        ("norm_offset", -1.0, "Config.norm_offset is -1.0"),
+        ("window", 0, "Config.window is 0; it must be a positive integer"),
+        ("local_layers", (0,), "Config.local_layers and local_rope_theta need a window"),
+        ("local_rope_theta", 1e4, "Config.local_layers and local_rope_theta need a window"),
+        ("attention_scale", 0.0, "Config.attention_scale is 0.0"),
+        ("attention_softcap", float("inf"), "Config.attention_softcap is inf"),
+        ("logit_softcap", "2", "Config.logit_softcap is '2'"),
+        ("embedding_scale", float("nan"), "Config.embedding_scale is nan"),
+        ("rope_scaling", 4.0, "Config.rope_scaling is 4.0; it must be a RopeScaling"),
+        ("rope_scaling", {"kind": "ntk", "factor": 2.0}, "RopeScaling.kind is 'ntk'; choose one of: linear"),
+        ("rope_scaling", {"kind": "yarn", "factor": 2.0}, "RopeScaling.original_context is None; yarn needs a length"),
+        ("rope_scaling", {"kind": "linear"}, "incomplete Config: "),
         ("dropout", 1.0, "Config.dropout is 1.0"),
         ("dropout", -0.1, "Config.dropout is -0.1"),
         ("dropout", float("nan"), "Config.dropout is nan"),

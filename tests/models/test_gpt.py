@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llmfast import ops
 from llmfast.errors import InputError
-from llmfast.models import GPT, Config, KVCache, preset
+from llmfast.models import GPT, Config, KVCache, RopeScaling, preset
 
 VOCAB, CONTEXT = 61, 12
 
@@ -35,7 +35,22 @@ LLAMA = config(
     n_kv_head=2,
     head_dim=6,
 )
-each_family = pytest.mark.parametrize("shape", [GPT2, LLAMA], ids=["gpt2", "llama"])
+GEMMA = config(
+    norm="rms_norm",
+    norm_offset=1.0,
+    post_norms=True,
+    qk_norm=True,
+    position="rope",
+    rope_scaling=RopeScaling("yarn", 4.0, original_context=8),
+    mlp="geglu_tanh",
+    bias=False,
+    qkv_bias=True,
+    n_kv_head=1,
+    attention_scale=0.3,
+    logit_softcap=3.0,
+    embedding_scale=5.5,
+)
+each_family = pytest.mark.parametrize("shape", [GPT2, LLAMA, GEMMA], ids=["gpt2", "llama", "gemma"])
 
 
 def model(shape: Config, dtype: torch.dtype = torch.float64, noise: float = 0.3) -> GPT:
@@ -52,7 +67,7 @@ def ids(batch: int = 2, length: int = CONTEXT, seed: int = 1) -> Tensor:
     return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("mlp", ["gelu", "gelu_tanh", "swiglu"])
+@pytest.mark.parametrize("mlp", ["gelu", "gelu_tanh", "swiglu", "geglu", "geglu_tanh"])
 @pytest.mark.parametrize("position", ["learned", "rope"])
 @pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
 def test_n_params_is_what_the_model_holds(norm: str, position: str, mlp: str) -> None:
@@ -69,6 +84,13 @@ def test_n_params_is_what_the_model_holds(norm: str, position: str, mlp: str) ->
         gpt = GPT(shape)
         assert shape.n_params == sum(p.numel() for p in gpt.parameters()), shape
         assert gpt(ids(1, 3)).shape == (1, 3, VOCAB)
+
+
+@pytest.mark.parametrize("changes", [{"qkv_bias": False, "mlp_bias": True}, {"qk_norm": True}, {"post_norms": True}])
+@pytest.mark.parametrize("bias", [True, False])
+def test_n_params_of_the_parts_that_some_families_have(changes: dict[str, Any], bias: bool) -> None:
+    shape = config(norm="rms_norm", mlp="swiglu", bias=bias, n_kv_head=2, head_dim=6, **changes)
+    assert shape.n_params == sum(p.numel() for p in GPT(shape).parameters())
 
 
 def gpt2_logits(w: dict[str, Tensor], x: Tensor, shape: Config) -> Tensor:
