@@ -15,14 +15,13 @@ MAX_CONTEXT = 2**21  # positions: tables of rotations are made for all of them
 MAX_LAYERS = 1024
 
 # Nothing here changes what a forward pass computes: names, versions, token ids, and settings of training or of other
-# heads than the language model's. `Settings` hands them back to an exported file.
+# heads than the language model's. `settings` hands them back to an exported file.
 HARMLESS = frozenset(
-    "_name_or_path _attn_implementation_autoset _from_model_config architectures attention_dropout attn_pdrop"
-    " bos_token_id cache_implementation dtype embd_pdrop eos_token_id id2label initializer_range is_llama_config"
-    " label2id layer_norm_eps max_window_layers model_type n_ctx output_attentions output_hidden_states pad_token_id"
-    " predict_special_tokens pretraining_tp reorder_and_upcast_attn resid_pdrop return_dict summary_activation"
-    " summary_first_dropout summary_proj_to_labels summary_type summary_use_proj task_specific_params torch_dtype"
-    " transformers.js_config transformers_version unsloth_version use_cache _sliding_window_pattern".split()
+    "_attn_implementation_autoset _from_model_config _name_or_path _num_labels _sliding_window_pattern architectures"
+    " attention_dropout attn_pdrop bos_token_id cache_implementation dtype embd_pdrop eos_token_id id2label"
+    " initializer_range is_llama_config label2id model_type n_ctx pad_token_id predict_special_tokens pretraining_tp"
+    " reorder_and_upcast_attn resid_pdrop summary_activation summary_first_dropout summary_proj_to_labels summary_type"
+    " summary_use_proj task_specific_params torch_dtype transformers.js_config transformers_version use_cache".split()
 )
 # Of those, what belongs to one file or one library version.
 _OF_THE_FILE = frozenset(

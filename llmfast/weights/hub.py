@@ -7,6 +7,7 @@ from ..errors import InputError
 
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model"]
+_NOT = ["consolidated*", "*/*"]  # the same weights once more, as their makers keep them
 
 
 def local_folder(name: str | Path, revision: str | None = None) -> Path:
@@ -21,7 +22,7 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path:
     except ImportError:
         raise InputError(f"{name}: is no folder here; for models of the hub: pip install huggingface_hub") from None
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES, ignore_patterns=_NOT))
     except Exception as error:  # the library raises those of its transport, too
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{name}: is no folder here and cannot be fetched from the hub ({reason})") from None

@@ -206,3 +206,22 @@ def test_the_index_must_fit_its_shards(good: Path, tmp_path: Path) -> None:
     refused(folder, "model.norm.weight")
     (folder / SHARDS).write_text('{"weight_map": []}')
     refused(folder, "has no weight_map")
+
+
+def test_hub_names(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They go through huggingface_hub, whose failure is one line."""
+    import huggingface_hub
+
+    asked = []
+
+    def download(name: str, revision: str | None, **_: object) -> str:
+        asked.append((name, revision))
+        if revision == "gone":
+            raise ConnectionError("no\nnetwork")
+        return str(good)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert from_pretrained("someone/a-model.1", revision="v2").config == LLAMA
+    assert asked == [("someone/a-model.1", "v2")]
+    with pytest.raises(InputError, match=r"someone/a: is no folder here and cannot be fetched .*\(no network\)"):
+        from_pretrained("someone/a", revision="gone")
