@@ -46,7 +46,11 @@ GEMMA = config(
     bias=False,
     qkv_bias=True,
     n_kv_head=1,
+    window=5,
+    local_layers=(0,),
+    local_rope_theta=100.0,
     attention_scale=0.3,
+    attention_softcap=4.0,
     logit_softcap=3.0,
     embedding_scale=5.5,
 )

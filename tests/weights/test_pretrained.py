@@ -1,7 +1,6 @@
 """Each family against transformers' own model: logits, greedy generation, and files that come back as they were."""
 
 import filecmp
-import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmfast import ops
 from llmfast.errors import InputError
 from llmfast.inference import generate
 from llmfast.models import GPT, preset
@@ -86,14 +84,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"rope_parameters": GEMMA_ROPES, "tie_word_embeddings": False, "query_pre_attn_scalar": 24},
     ),
 }
-has_window = "window" in inspect.signature(ops.attention).parameters
 
 
 def theirs(name: str) -> Any:
     """transformers' random model, its biases and norms not trivial, with weights large enough for clear choices."""
     family, changes = CASES[name]
-    if not has_window and ("window" in name or name in ("gemma3", "gemma3-scaled")):
-        pytest.skip("ops.attention has no window yet")
     config = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")
     head = getattr(transformers, f"{family}LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM")
     torch.manual_seed(0)
