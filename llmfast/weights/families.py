@@ -184,11 +184,14 @@ def _read_llama(fields: Fields, **defaults: Any) -> dict[str, Any]:
 
 
 def _write_llama(config: Config) -> dict[str, Any]:
-    """Rotary parameters stand in the new and in the old place."""
+    return _write_decoder(config) | _one_rope(config) | {"hidden_act": "silu"}
+
+
+def _one_rope(config: Config) -> dict[str, Any]:
+    """Rotary parameters in the new and in the old place."""
     rope = rope_table(config.rope_theta, config.rope_scaling)
     scaling = None if config.rope_scaling is None else {k: v for k, v in rope.items() if k != "rope_theta"}
-    rotary = {"rope_parameters": rope, "rope_theta": rope["rope_theta"], "rope_scaling": scaling}
-    return _write_decoder(config) | {"hidden_act": "silu"} | rotary
+    return {"rope_parameters": rope, "rope_theta": rope["rope_theta"], "rope_scaling": scaling}
 
 
 def _read_llama_biases(fields: Fields) -> dict[str, Any]:
@@ -266,41 +269,25 @@ def _types_of(config: Config) -> list[str]:
 _GEGLUS = {"gelu_pytorch_tanh": "geglu_tanh", "gelu": "geglu"}
 
 
-def _read_gemma3(fields: Fields) -> dict[str, Any]:
+def _read_gemma(fields: Fields, period: int) -> dict[str, Any]:
+    """What both have; every `period`th layer is global unless layer_types says otherwise."""
     common = _read_decoder(fields, head_dim=256, tied=True)
-    context, n_layer, head_dim = common["context_length"], common["n_layer"], common["head_dim"]
-    period = fields.size("sliding_window_pattern", fields.take("_sliding_window_pattern", 6))
-    types = _layer_types(fields, [SLIDING if (i + 1) % period else FULL for i in range(n_layer)])
-    ropes = fields.table("rope_parameters")
-    theta, scaling = read_rope(fields, ropes and ropes.table(FULL), 1_000_000.0, context)
-    local_theta = fields.number("rope_local_base_freq", 10_000.0)
-    if ropes is not None:
-        local_theta, local_scaling = read_rope_table(ropes.table(SLIDING), local_theta, context)
-        if local_scaling is not None:
-            raise InputError(f"{fields.where}: rope_parameters of {SLIDING} are scaled, which is not supported")
-        ropes.finish()
+    types = _layer_types(fields, [SLIDING if (i + 1) % period else FULL for i in range(common["n_layer"])])
     scalar, bias = fields.number("query_pre_attn_scalar", 256), fields.flag("attention_bias", False)
+    fields.take("hidden_act")  # which hidden_activation has replaced
     gemma = {
         "mlp": fields.choice("hidden_activation", _GEGLUS, "gelu_pytorch_tanh"),
-        "qk_norm": True,
         "post_norms": True,
         "norm_offset": 1.0,
         "embedding_scale": common["d_model"] ** 0.5,
-        "attention_scale": None if scalar == head_dim else scalar**-0.5,
-        "logit_softcap": fields.take("final_logit_softcapping", 0.0),
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "local_rope_theta": local_theta if SLIDING in types else None,
+        "attention_scale": None if scalar == common["head_dim"] else scalar**-0.5,
     }
     window = _windows(fields, types, fields.take("sliding_window", 4096))
     return common | gemma | window | _biases(bias, bias, False)
 
 
-def _write_gemma3(config: Config) -> dict[str, Any]:
+def _write_gemma(config: Config) -> dict[str, Any]:
     scalar = config.head_dim if config.attention_scale is None else round(config.attention_scale**-2)
-    full = rope_table(config.rope_theta, config.rope_scaling)
-    local = rope_table(config.local_rope_theta or 10_000.0, None)
-    scaling = None if config.rope_scaling is None else {k: v for k, v in full.items() if k != "rope_theta"}
     return _write_decoder(config) | {
         "hidden_activation": {"geglu": "gelu"}.get(config.mlp, "gelu_pytorch_tanh"),
         "query_pre_attn_scalar": scalar,
@@ -308,11 +295,49 @@ def _write_gemma3(config: Config) -> dict[str, Any]:
         "final_logit_softcapping": config.logit_softcap or None,
         "sliding_window": config.window or 4096,
         "layer_types": _types_of(config),
-        "rope_parameters": {FULL: full, SLIDING: local},
-        "rope_theta": full["rope_theta"],
-        "rope_scaling": scaling,
-        "rope_local_base_freq": local["rope_theta"],
     }
+
+
+def _read_gemma2(fields: Fields) -> dict[str, Any]:
+    """It caps attention's scores and the logits, unless a file says null."""
+    attention, logits = (
+        fields.take(name, 0.0 if name in fields else default)
+        for name, default in (("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0))
+    )
+    common = _read_gemma(fields, 2)
+    theta, scaling = read_rope(fields, fields.table("rope_parameters"), 10_000.0, common["context_length"])
+    caps = {"attention_softcap": attention, "logit_softcap": logits}
+    return common | caps | {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def _write_gemma2(config: Config) -> dict[str, Any]:
+    return _write_gemma(config) | _one_rope(config) | {"attn_logit_softcapping": config.attention_softcap or None}
+
+
+def _read_gemma3(fields: Fields) -> dict[str, Any]:
+    """Queries and keys are normalised, and the local layers have a rotary base of their own."""
+    common = _read_gemma(fields, fields.size("sliding_window_pattern", fields.take("_sliding_window_pattern", 6)))
+    ropes, context = fields.table("rope_parameters"), common["context_length"]
+    theta, scaling = read_rope(fields, ropes and ropes.table(FULL), 1_000_000.0, context)
+    local_theta = fields.number("rope_local_base_freq", 10_000.0)
+    if ropes is not None:
+        local_theta, local_scaling = read_rope_table(ropes.table(SLIDING), local_theta, context)
+        if local_scaling is not None:
+            raise InputError(f"{fields.where}: rope_parameters of {SLIDING} are scaled, which is not supported")
+        ropes.finish()
+    return common | {
+        "qk_norm": True,
+        "logit_softcap": fields.take("final_logit_softcapping", 0.0),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "local_rope_theta": local_theta if "window" in common else None,
+    }
+
+
+def _write_gemma3(config: Config) -> dict[str, Any]:
+    rope, local = _one_rope(config), rope_table(config.local_rope_theta or 10_000.0, None)
+    both = {"rope_parameters": {FULL: rope["rope_parameters"], SLIDING: local}}
+    return _write_gemma(config) | rope | both | {"rope_local_base_freq": local["rope_theta"]}
 
 
 # By model_type. A model of ours goes to the first that can express it.
@@ -330,5 +355,6 @@ FAMILIES = {
     "mistral": Family("MistralForCausalLM", _read_mistral, _write_mistral),
     "qwen2": Family("Qwen2ForCausalLM", _read_qwen2, _write_qwen),
     "qwen3": Family("Qwen3ForCausalLM", _read_qwen3, _write_qwen3),
+    "gemma2": Family("Gemma2ForCausalLM", _read_gemma2, _write_gemma2, modules=_GEMMA_MODULES),
     "gemma3_text": Family("Gemma3ForCausalLM", _read_gemma3, _write_gemma3, modules=_GEMMA_MODULES),
 }

@@ -76,6 +76,14 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         | {"rms_norm_eps": 1e-6, "tie_word_embeddings": True},
         596_049_920,
     ),
+    "google/gemma-2-2b": (
+        sizes(256000, 8192, 26, 8, 4, 2304, 9216)
+        | {"model_type": "gemma2", "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+        | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "attention_bias": False}
+        | {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096, "cache_implementation": "hybrid"}
+        | {"rms_norm_eps": 1e-6, "rope_theta": 10000.0},
+        2_614_341_888,
+    ),
     "google/gemma-3-1b-pt": (
         {k: v for k, v in sizes(262144, 32768, 26, 4, 1, 1152, 6912).items() if k != "hidden_act"}
         | {"model_type": "gemma3_text", "hidden_activation": "gelu_pytorch_tanh", "head_dim": 256}
@@ -114,7 +122,9 @@ def test_what_the_files_say() -> None:
     qwen2, qwen3 = published("Qwen/Qwen2.5-0.5B"), published("Qwen/Qwen3-0.6B")
     assert qwen2.has_bias("qkv") and not qwen2.bias and not qwen2.has_bias("mlp") and qwen2.window is None
     assert qwen3.qk_norm and not qwen3.has_bias("qkv") and qwen3.head_dim * qwen3.n_head != qwen3.d_model
-    gemma = published("google/gemma-3-1b-pt")
+    gemma2, gemma = published("google/gemma-2-2b"), published("google/gemma-3-1b-pt")
+    assert (gemma2.attention_softcap, gemma2.logit_softcap) == (50.0, 30.0)
+    assert [gemma2.is_local(i) for i in range(3)] == [True, False, True]
     assert [i for i in range(26) if not gemma.is_local(i)] == [5, 11, 17, 23]
     assert (gemma.window, gemma.rope_theta, gemma.local_rope_theta) == (512, 1e6, 1e4)
     assert gemma.tie_embeddings and gemma.norm_offset == 1.0 and gemma.embedding_scale == 1152**0.5

@@ -52,6 +52,7 @@ GEMMA_ROPES = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
+EAGER = {"attn_implementation": "eager"}  # transformers' only one that caps scores
 WINDOWED = {"use_sliding_window": True, "sliding_window": 8}
 
 # Family, and what its configuration has other than SIZES.
@@ -72,6 +73,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"head_dim": 16}),
     "qwen3-tied-yarn": ("Qwen3", rope("yarn") | {"head_dim": 8, "tie_word_embeddings": True, "attention_bias": True}),
     "qwen3-window": ("Qwen3", WINDOWED | {"max_window_layers": 0, "head_dim": 8}),
+    "gemma2": ("Gemma2", {"head_dim": 8, "sliding_window": 8, "attn_logit_softcapping": 2.0}),
+    "gemma2-uncapped": (
+        "Gemma2",
+        {"head_dim": 10, "sliding_window": 8, "query_pre_attn_scalar": 12, "layer_types": ["sliding_attention"] * 2}
+        | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+    ),
     "gemma3": ("Gemma3", {"num_hidden_layers": 3, "head_dim": 8, "sliding_window": 8, "sliding_window_pattern": 3}),
     "gemma3-global-softcap": (
         "Gemma3",
@@ -92,6 +99,8 @@ def theirs(name: str) -> Any:
     config = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")
     head = getattr(transformers, f"{family}LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM")
     torch.manual_seed(0)
+    if family == "Gemma2":
+        changes = changes | EAGER
     model = head(config(**(changes if family == "GPT2" else SIZES | changes))).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -132,7 +141,8 @@ def test_parity_and_round_trip(name: str, tmp_path: Path) -> None:
     assert again.config == model.config
     again.save_pretrained(tmp_path / "again")
     assert filecmp.cmp(tmp_path / "ours" / "config.json", tmp_path / "again" / "config.json", shallow=False)
-    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    eager = EAGER if "gemma2" in name else {}
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", **eager).eval()
     assert type(back) is type(other)
     with torch.no_grad():
         assert torch.equal(back(prompt).logits, other(prompt).logits)
