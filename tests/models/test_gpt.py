@@ -291,9 +291,10 @@ def test_gradients_reach_every_parameter(norm: str, position: str, mlp: str, tie
     assert [n for n, p in gpt.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
 
 
-def test_gradient_is_the_slope_of_the_loss() -> None:
+@pytest.mark.parametrize("shape", [LLAMA, GEMMA], ids=["llama", "gemma"])
+def test_gradient_is_the_slope_of_the_loss(shape: Config) -> None:
     """Along a random direction, by a central difference in float64."""
-    gpt, x, y = model(LLAMA).double(), ids(), ids(seed=2)
+    gpt, x, y = model(shape).double(), ids(), ids(seed=2)
     directions = [torch.randn_like(p) for p in gpt.parameters()]
     gpt.loss(x, y).backward()
     slope = sum(float((p.grad * d).sum()) for p, d in zip(gpt.parameters(), directions, strict=True))

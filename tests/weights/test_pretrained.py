@@ -40,12 +40,12 @@ ROPES = {
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32,
     },
-    "yarn": {"factor": 4.0, "original_max_position_embeddings": 24},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 8.0},
 }
 
 
-def rope(kind: str, theta: float = 5e3) -> dict[str, Any]:
-    return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **ROPES[kind]}}
+def rope(kind: str, theta: float = 5e3, **more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **ROPES[kind], **more}}
 
 
 GEMMA_ROPES = {
@@ -68,10 +68,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": None, "head_dim": 16}),
     "mistral-window": ("Mistral", {"sliding_window": 8}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True, "vocab_size": 61}),
-    "qwen2-yarn": ("Qwen2", rope("yarn", 1e4)),
+    "qwen2-yarn": ("Qwen2", rope("yarn", 1e4, truncate=False, attention_factor=1.3) | {"head_dim": 32}),
     "qwen2-upper-window": ("Qwen2", WINDOWED | {"max_window_layers": 1}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
-    "qwen3-tied-yarn": ("Qwen3", rope("yarn") | {"head_dim": 8, "tie_word_embeddings": True, "attention_bias": True}),
+    "qwen3-tied-yarn": ("Qwen3", rope("yarn") | {"head_dim": 32, "tie_word_embeddings": True, "attention_bias": True}),
     "qwen3-window": ("Qwen3", WINDOWED | {"max_window_layers": 0, "head_dim": 8}),
     "gemma2": ("Gemma2", {"head_dim": 8, "sliding_window": 8, "attn_logit_softcapping": 2.0}),
     "gemma2-uncapped": (
