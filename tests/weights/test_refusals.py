@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import llmfast
 from llmfast.errors import InputError
 from llmfast.models import GPT, Config
 from llmfast.weights import from_pretrained, save_pretrained
@@ -68,7 +69,7 @@ def refused(folder: Path, *words: str) -> None:
 
 
 def test_the_good_folder_is_good(good: Path) -> None:
-    assert from_pretrained(good).config == LLAMA
+    assert llmfast.from_pretrained(good).config == LLAMA
     assert from_pretrained(str(good.with_name("shards"))).config == LLAMA
 
 
