@@ -2,10 +2,12 @@
 
 from llmfast import nn as fast
 fast.LayerNorm(768)                      # as torch.nn.LayerNorm(768), checkpoints interchangeable
+fast.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 """
 
+from . import functional
 from .activations import GELU, Softmax
 from .loss import CrossEntropyLoss
 from .norms import LayerNorm, RMSNorm
 
-__all__ = ["GELU", "CrossEntropyLoss", "LayerNorm", "RMSNorm", "Softmax"]
+__all__ = ["GELU", "CrossEntropyLoss", "LayerNorm", "RMSNorm", "Softmax", "functional"]

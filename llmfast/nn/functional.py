@@ -1,0 +1,145 @@
+"""Functions of torch.nn.functional by the same names, arguments and meaning, over `llmfast.ops`."""
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ops
+from ..ops import arguments, registry
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """torch.nn.functional.scaled_dot_product_attention, PyTorch's own for what our kernels have not.
+
+    query: (B, H, Tq, D); key, value: (B, Hkv, Tk, D) -> (B, H, Tq, D). `is_causal` is aligned top left, as PyTorch has
+    it: query i sees keys j <= i. Masks, dropout, other shapes and dtypes without a kernel go to PyTorch's function,
+    which a BackendFallbackWarning says once; `explain` says it of a call. Under autocast the three are cast, as there.
+    A single query that needs no gradient runs ops.decode_attention, anything else ops.attention.
+    """
+    call = _plan(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if isinstance(call, str):
+        warn_fallback("scaled_dot_product_attention", call)
+        options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
+    op, args, options = call
+    return getattr(ops, op)(*args, **options).transpose(1, 2)
+
+
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> str:
+    """What runs this call of scaled_dot_product_attention: the op and its backends, or PyTorch's function and why."""
+    call = _plan(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if isinstance(call, str):
+        return f"scaled_dot_product_attention: PyTorch's, because {call}"
+    op, args, options = call
+    return ops.explain(op, *args, **options)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(ops.BackendFallbackWarning(message), stacklevel=4)
+
+
+@torch.compiler.assume_constant_result  # a compiler runs it while it traces, so that compiled code is no quieter
+def warn_fallback(function: str, reason: str) -> None:
+    """Say once that PyTorch's function runs in place of ours."""
+    _warn_once(f"{function}: PyTorch's runs, because {reason}")
+
+
+Call = tuple[str, tuple[Tensor, ...], dict[str, Any]]  # an op of ours and its arguments
+
+
+def _plan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Call | str:
+    """The op that computes it with a kernel, or why there is none.
+
+    For fewer queries than keys, causal from the top left means the first keys alone. Where auto would take the
+    reference, which holds all the probabilities at once, PyTorch's function is better.
+    """
+    reason = _why_not(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    if reason is not None:
+        return reason
+    queries, keys = query.shape[2], key.shape[2]
+    if is_causal and queries < keys:
+        key, value = key[:, :, :queries], value[:, :, :queries]
+    q, k, v = (t.transpose(1, 2) for t in _autocast(query, key, value))
+    if queries == 1 and not (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))):
+        lengths = torch.full((q.shape[0],), k.shape[1], dtype=torch.int32, device=q.device)
+        call = "decode_attention", (q, k, v, lengths), {"scale": scale}
+    else:
+        call = "attention", (q, k, v), {"causal": is_causal, "scale": scale}
+    if torch.compiler.is_compiling() or registry.current_backend() != registry.AUTO:
+        return call
+    op, args, options = call
+    checked = arguments.ARGUMENTS[op](*args, **options)
+    if registry.chosen(op, checked)[0] != registry.REFERENCE:
+        return call
+    return "; ".join(f"{name} {reason}" for name, reason in registry.reasons(op, checked).items() if reason)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as autocast would give them to PyTorch's function."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t if t.dtype is torch.float64 else t.to(dtype) for t in tensors)
+
+
+def _why_not(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    enable_gqa: bool,
+) -> str | None:
+    """Why none of our ops means the same; None if one does."""
+    if attn_mask is not None:
+        return "attn_mask is given"
+    if dropout_p > 0.0:
+        return "dropout_p is not 0"
+    if any(t.is_nested or t.dim() != 4 for t in (query, key, value)):
+        return "a tensor is nested or has other than 4 dimensions"
+    if key.shape != value.shape or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+        return "key and value are not of one shape with query's batch and head_dim"
+    if 0 in query.shape or 0 in key.shape:
+        return "a tensor is empty"
+    if query.shape[1] != key.shape[1] and not (enable_gqa and query.shape[1] % key.shape[1] == 0):
+        return "the heads of key and value are not query's, nor shared with enable_gqa"
+    if is_causal and query.shape[2] > key.shape[2]:
+        return "is_causal aligns more queries than keys top left"
+    q, k, v = _autocast(query, key, value)
+    if q.dtype != k.dtype or q.dtype != v.dtype or not q.is_floating_point():
+        return "the tensors are not of one floating dtype"
+    return None
