@@ -91,7 +91,7 @@ def _plan(
     queries, keys = query.shape[2], key.shape[2]
     if is_causal and queries < keys:
         key, value = key[:, :, :queries], value[:, :, :queries]
-    q, k, v = (t.transpose(1, 2) for t in _autocast(query, key, value))
+    q, k, v = (t.transpose(1, 2) for t in autocast(query, key, value))
     if queries == 1 and not (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))):
         lengths = torch.full((q.shape[0],), k.shape[1], dtype=torch.int32, device=q.device)
         call = "decode_attention", (q, k, v, lengths), {"scale": scale}
@@ -106,7 +106,7 @@ def _plan(
     return "; ".join(f"{name} {reason}" for name, reason in registry.reasons(op, checked).items() if reason)
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors as autocast would give them to PyTorch's function."""
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
@@ -139,7 +139,7 @@ def _why_not(
         return "the heads of key and value are not query's, nor shared with enable_gqa"
     if is_causal and query.shape[2] > key.shape[2]:
         return "is_causal aligns more queries than keys top left"
-    q, k, v = _autocast(query, key, value)
+    q, k, v = autocast(query, key, value)
     if q.dtype != k.dtype or q.dtype != v.dtype or not q.is_floating_point():
         return "the tensors are not of one floating dtype"
     return None
