@@ -58,13 +58,13 @@ def attention_limits(
     return None
 
 
-def _tiles(q: Tensor, direction: str, softcap: float) -> Tiles:
+def _tiles(q: Tensor, direction: str, plain: bool) -> Tiles:
     """Tiles by direction, architecture and head dimension; small for float32, which uses no tensor cores, and for
-    capped scores, which take registers that Hopper's large ones have not."""
+    windows and capped scores, which take registers that Hopper's large ones have not."""
     if q.dtype == torch.float32:
         table = _FLOAT32
     else:
-        table = _HOPPER if architecture() in (90, 100, 103) and not softcap else _AMPERE
+        table = _HOPPER if architecture() in (90, 100, 103) and plain else _AMPERE
     return table[direction][64 if q.shape[3] <= 64 else 128 if q.shape[3] <= 128 else 256]
 
 
@@ -260,7 +260,7 @@ def _forward(
 
         attention_hopper_fwd(q, k, v, out, statistics, causal, scale)
         return out, statistics
-    tiles = _tiles(q, "fwd", softcap)
+    tiles = _tiles(q, "fwd", window is None and not softcap)
     starts = (statistics, statistics) if packed is None else packed[:2]
     _attention_fwd_kernel[(triton.cdiv(n_queries, tiles.queries) * batch * heads,)](
         q, k, v, out, *statistics, *starts, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
@@ -300,11 +300,11 @@ def _backward(
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
     sizes = (*statistics.stride()[1:3], heads, heads // k.shape[2], n_queries, n_keys)
     options = (head_dim, packed is not None, causal, window, scale, softcap)
-    tiles = _tiles(q, "dkdv", softcap)
+    tiles = _tiles(q, "dkdv", window is None and not softcap)
     _attention_dkdv_kernel[(triton.cdiv(n_keys, tiles.keys) * batch * k.shape[2],)](
         *tensors[0], dk, dv, *tensors[1], *strides, *dk.stride()[:3], *sizes, **_launch_options(tiles, *options)
     )
-    tiles = _tiles(q, "dq", softcap)
+    tiles = _tiles(q, "dq", window is None and not softcap)
     _attention_dq_kernel[(triton.cdiv(n_queries, tiles.queries) * batch * heads,)](
         *tensors[0], dq, *tensors[1], *strides, *dq.stride()[:3], *sizes, **_launch_options(tiles, *options)
     )
