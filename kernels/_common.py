@@ -50,6 +50,19 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
+def gradients_like(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """Memory for the gradients of q, k and v, (B, T, H, D) each: contiguous, or, where these lie side by side in the
+    result of one product, side by side in the same order, so that nobody need put them together."""
+    tensors = q, k, v
+    heads = [t.shape[2] for t in tensors]
+    ends = [t.data_ptr() + t.shape[2] * t.stride(2) * t.element_size() for t in tensors]
+    alike = all(t.stride() == q.stride() and t.shape[:2] == q.shape[:2] for t in tensors)
+    if alike and ends[:2] == [k.data_ptr(), v.data_ptr()] and q.stride(2) == q.shape[3]:
+        together = torch.empty((*q.shape[:2], sum(heads), q.shape[3]), dtype=q.dtype, device=q.device)
+        return together.split(heads, dim=2)
+    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors)
+
+
 def architecture() -> int:
     """Compute capability of the current device, as 90 for 9.0; 80 in the CPU interpreter."""
     return 80 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().arch

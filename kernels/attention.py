@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import LOG2E, architecture, exponential
+from ._common import LOG2E, architecture, exponential, gradients_like
 from ._tiles import SIZES, _capped, _dot, _first, _length, _sees, _store_tile, _tile
 from .attention_bwd import _attention_dkdv_kernel, _attention_dq_kernel, _attention_rows_kernel
 
@@ -280,7 +280,7 @@ def _backward(
         from .attention_hopper_bwd import attention_hopper_bwd
 
         return attention_hopper_bwd(dout, q, k, v, out, statistics, causal, scale)
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    dq, dk, dv = gradients_like(q, k, v)
     if dq.numel() == 0 or dk.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
     sign = math.copysign(1.0, scale) if scale else 0.0
@@ -333,7 +333,7 @@ def attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor,
     causal: bool, scale: float, window: int | None, softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The forward's tensors and the gradient of `out` -> dq, dk, dv, contiguous."""
+    """The forward's tensors and the gradient of `out` -> dq, dk, dv, in memory as `gradients_like` gives it."""
     return _backward(dout, q, k, v, out, statistics, None, causal, scale, window, softcap)
 
 
@@ -380,7 +380,7 @@ def attention_varlen_bwd(
     statistics: Tensor, max_queries: int, max_keys: int, causal: bool, scale: float, window: int | None,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The forward's tensors and the gradient of `out` -> dq, dk, dv, contiguous."""
+    """The forward's tensors and the gradient of `out` -> dq, dk, dv, in memory as `gradients_like` gives it."""
     packed = Packed(query_starts, key_starts, max_queries, max_keys)
     tensors = (t[None] for t in (dout, q, k, v, out))
     dq, dk, dv = _backward(*tensors, statistics[:, None], packed, causal, scale, window, softcap)

@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ._common import LOG2E, multiprocessors
+from ._common import LOG2E, gradients_like, multiprocessors
 from .hopper import (
     head_tiles,
     named_barrier_arrive,
@@ -362,10 +362,10 @@ def _attention_hopper_rows_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def _attention_hopper_dq_kernel(
-    Packed, DQ, heads, n_queries, n_keys, scale,
+    Packed, DQ, dq_sb, dq_st, heads, n_queries, n_keys, scale,
     CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """DQ, contiguous, from one (64, 64) of its packed sum, which was not written if its queries see no key."""
+    """DQ from one (64, 64) of its packed sum, which was not written if its queries see no key."""
     tile, part = (tl.program_id(0) // 2).to(tl.int64), tl.program_id(0) % 2
     tiles = tl.cdiv(n_queries, QUERIES)
     bh, m0 = tile // tiles, tile % tiles * QUERIES
@@ -377,8 +377,8 @@ def _attention_hopper_dq_kernel(
         row += part * 64
     else:
         col += part * 64
-    DQ += ((bh // heads * n_queries + m0) * heads + bh % heads) * D
-    tl.store(DQ + row * (heads * D) + col, dq.to(DQ.dtype.element_ty), mask=(m0 + row < n_queries) & (col < D))
+    DQ += bh // heads * dq_sb + bh % heads * D + m0 * dq_st
+    tl.store(DQ + row.to(tl.int64) * dq_st + col, dq.to(DQ.dtype.element_ty), mask=(m0 + row < n_queries) & (col < D))
 
 
 def attention_hopper_bwd(
@@ -390,7 +390,7 @@ def attention_hopper_bwd(
     block_d = 64 if head_dim <= 64 else 128
     queries = TILE_QUERIES[block_d]
     dout = dout if tma_readable(dout) else dout.contiguous()
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    dq, dk, dv = gradients_like(q, k, v)
     tiles = batch * heads * triton.cdiv(n_queries, queries)
     rows = torch.empty(tiles * 2 * queries, dtype=torch.float32, device=q.device)
     turns = torch.empty(tiles, dtype=torch.int32, device=q.device)
@@ -410,7 +410,7 @@ def attention_hopper_bwd(
         CAUSAL=causal, BLOCK_D=block_d, QUERIES=queries, num_warps=4,
     )  # fmt: skip
     _attention_hopper_dq_kernel[(tiles * 2,)](
-        packed, dq, heads, n_queries, n_keys, scale,
+        packed, dq, *dq.stride()[:2], heads, n_queries, n_keys, scale,
         CAUSAL=causal, D=head_dim, BLOCK_D=block_d, QUERIES=queries, num_warps=8,
     )  # fmt: skip
     return dq, dk, dv

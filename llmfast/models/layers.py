@@ -44,6 +44,34 @@ class Norm(nn.Module):
         return ops.add_rms_norm(branch, residual, weight, self.eps, offset=self.offset)
 
 
+def split_heads(x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Sections of `sizes` heads, views of x: (B, T, all heads, D)."""
+    if torch.compiler.is_compiling():  # whose graph has no use for it
+        return x.split(sizes, dim=2)
+    return _SplitHeads.apply(x, sizes)  # pyright: ignore[reportReturnType]
+
+
+class _SplitHeads(torch.autograd.Function):
+    """x.split. Gradients that lie side by side already, as attention's may, are taken as they are, not copied."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+        ctx.shape = x.shape
+        return x.split(sizes, dim=2)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        whole = grad_outputs[0]._base
+        if whole is None or whole.shape != ctx.shape:
+            return torch.cat(grad_outputs, dim=2), None
+        sections = whole.split([grad.shape[2] for grad in grad_outputs], dim=2)
+        same = all(
+            grad._base is whole and grad.data_ptr() == section.data_ptr() and grad.stride() == section.stride()
+            for grad, section in zip(grad_outputs, sections, strict=True)
+        )
+        return whole if same else torch.cat(grad_outputs, dim=2), None
+
+
 class Attention(nn.Module):
     """Causal self-attention with grouped keys; q, k and v come from one matrix product and are read by strides."""
 
@@ -64,7 +92,7 @@ class Attention(nn.Module):
         self.options: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
 
     def forward(self, x: Tensor, rotary: Rotary | None, cache: KVCache | None) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)  # (B, T, H or Hkv, D)
+        q, k, v = split_heads(self.qkv(x).unflatten(-1, (-1, self.head_dim)), self.heads)  # (B, T, H or Hkv, D)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(None, q)[0], self.k_norm(None, k)[0]
         if rotary is not None:

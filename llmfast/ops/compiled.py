@@ -55,13 +55,14 @@ def _is_triton(function: Any) -> bool:
 def _as_torch_op(function: Callable[..., Any]) -> Callable[..., Any]:
     """torch.ops.llmfast_triton.<name>, called and answering as `function` does.
 
-    An op gives the same number of tensors always, so a result that is None travels as an empty one of booleans.
+    An op gives the same number of tensors always, so a result that is None travels as an empty one of booleans, and
+    results that share memory, which an op's must not, as copies.
     """
     name = function.__name__
 
     def pack(results: Any) -> list[Tensor]:
         many = results if isinstance(results, tuple) else (results,)
-        return [many[0].new_empty(0, dtype=torch.bool) if r is None else r for r in many]
+        return [many[0].new_empty(0, dtype=torch.bool) if r is None else r.contiguous() for r in many]
 
     parameters = inspect.signature(function, eval_str=True).parameters.values()
     schema = ", ".join(f"{_SCHEMA_TYPES[p.annotation]} {p.name}" for p in parameters)

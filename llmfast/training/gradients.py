@@ -23,7 +23,7 @@ class Gradients:
         if self.device.type == "cuda":
             batch = batch.pin_memory().to(self.device, non_blocking=True)
         if not self.use_graph:
-            return self._run(batch, torch.tensor(weight, device=self.device))
+            return self._run(batch, torch.full((), weight, device=self.device))
         if self.graph is None:
             self._record(batch)
         assert self.graph is not None

@@ -20,7 +20,7 @@ class SpikeDetector:
         count, mean, variance = self.seen
         stands_out = (count >= FIRST) & (norm > mean + self.threshold * variance.sqrt())
         made = finite & ~stands_out
-        share = torch.maximum(1.0 / (count + 1.0), count.new_tensor(1.0 - DECAY))  # an average until there are enough
+        share = (1.0 / (count + 1.0)).clamp(min=1.0 - DECAY)  # an average until there are enough
         off = norm - mean
         after = torch.stack((count + 1.0, mean + share * off, (1.0 - share) * (variance + share * off * off)))
         self.seen = torch.where(made, after, self.seen)
