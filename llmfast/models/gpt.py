@@ -14,6 +14,10 @@ from .layers import Block, Linear, Norm
 from .rope import rope_table
 
 
+# Logits of more bytes than this are not held all at once in training; chunks of fewer cost more time than they save.
+MAX_LOGITS = 2**30
+
+
 class GPT(nn.Module):
     """A decoder-only transformer built from `llmfast.ops`.
 
@@ -52,6 +56,13 @@ class GPT(nn.Module):
 
         With a cache, ids continue the tokens it holds. Ids are not checked against the vocabulary here.
         """
+        x = self._hidden(ids, cache, last_only)
+        logits = F.linear(x, self._head_weight(x))
+        cap = self.config.logit_softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def _hidden(self, ids: Tensor, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
+        """What the head takes: (B, T or 1, d_model)."""
         start, length = (cache.length if cache else 0), ids.shape[1]
         if start + length > self.config.context_length:
             raise InputError(
@@ -72,14 +83,18 @@ class GPT(nn.Module):
             cache.advance(length)
         if last_only:
             branch, residual = (x[:, -1:] for x in (branch, residual))
-        x, _ = self.norm(branch, residual)
-        logits = F.linear(x, self.token_embedding.weight.to(x.dtype)) if self.head is None else self.head(x)
-        cap = self.config.logit_softcap
-        return cap * torch.tanh(logits / cap) if cap else logits
+        return self.norm(branch, residual)[0]
+
+    def _head_weight(self, x: Tensor) -> Tensor:
+        return (self.token_embedding if self.head is None else self.head).weight.to(x.dtype)
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of predicting targets (B, T) from ids (B, T); -100 in targets is left out."""
-        return ops.cross_entropy(self(ids).flatten(0, 1), targets.flatten(), in_place=True)
+        config, targets = self.config, targets.flatten()
+        if ids.numel() * config.vocab_size * self.compute_dtype.itemsize <= MAX_LOGITS or config.logit_softcap:
+            return ops.cross_entropy(self(ids).flatten(0, 1), targets, in_place=True)
+        x = self._hidden(ids).flatten(0, 1)
+        return ops.linear_cross_entropy(x, self._head_weight(x), targets)
 
     def refill_tables(self) -> None:
         """What no checkpoint holds: called when a model made on the meta device has got memory and weights."""

@@ -314,6 +314,22 @@ def test_loss_is_the_mean_over_the_targets_kept() -> None:
     torch.testing.assert_close(gpt.loss(x, y), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_loss_and_gradients_are_the_same_without_the_logits(shape: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = ids(), ids(seed=2)
+    y[0, 3:] = -100
+    whole, chunked = model(shape), model(shape)
+    expected = whole.loss(x, y)
+    expected.backward()
+    monkeypatch.setattr("llmfast.models.gpt.MAX_LOGITS", 0)
+    monkeypatch.setattr(GPT, "forward", None)  # which makes logits
+    loss = chunked.loss(x, y)
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    for (name, p), q in zip(whole.named_parameters(), chunked.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, msg=name)
+
+
 @each_family
 def test_loss_before_training_is_that_of_guessing(shape: Config) -> None:
     torch.manual_seed(0)
