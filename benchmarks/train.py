@@ -1,6 +1,7 @@
 """Time a training step of GPT-2 beside the same step as plain PyTorch under torch.compile writes it.
 
 python benchmarks/train.py --preset gpt2 --batch-size 64 --json train.json --plot train.png
+python benchmarks/train.py --data stdlib --steps 500       # batches as `llmfast train` reads them, inside the time
 
 Both: the same model, batch, bfloat16 products with float32 weights, AdamW, gradient norm clipped to 1. The plain step
 is defined here: torch.nn modules under bfloat16 autocast, scaled_dot_product_attention, fused AdamW.
@@ -23,6 +24,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from llmfast import hardware
+from llmfast.cli.corpus import open_data
 from llmfast.models import GPT, Config, preset
 from llmfast.testing.bench import heading
 from llmfast.testing.timing import ceilings
@@ -129,18 +131,20 @@ def our_step(config: Config, device: torch.device, batch_size: int, graph: bool)
     return step
 
 
-def measure(name: str, make: Callable[[], Step], batches: list[Tensor], device: torch.device) -> dict[str, Any]:
-    """Losses and times of steps: the first five warm up, the others are timed one by one, copies from the host
-    included."""
+def measure(
+    name: str, make: Callable[[], Step], batches: Callable[[int], Tensor], steps: int, device: torch.device
+) -> dict[str, Any]:
+    """Losses and times of steps, what makes their batches included: the first five warm up, the others are timed one by
+    one."""
     torch.manual_seed(0)
     torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
     step = make()
     losses, events, first = [], [], 0.0
-    for i, batch in enumerate(batches):
+    for i in range(steps):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        losses.append(step(batch.pin_memory().to(device, non_blocking=True) if name != "llmfast" else batch))
+        losses.append(step(on_device(batches(i), name, device)))
         end.record()
         events.append((start, end))
         if i == 0:
@@ -156,8 +160,25 @@ def measure(name: str, make: Callable[[], Step], batches: list[Tensor], device: 
         "seconds_to_first_step": first,
         "peak_bytes": torch.cuda.max_memory_allocated(device),
         "losses": torch.stack(losses).tolist(),
-        "breakdown": breakdown(step, batches[0] if name == "llmfast" else batches[0].to(device)),
+        "breakdown": breakdown(step, on_device(batches(0), name, device)),
     }
+
+
+def on_device(batch: Tensor, name: str, device: torch.device) -> Tensor:
+    """As the step takes it: ours copies it itself."""
+    return batch if name == "llmfast" else batch.pin_memory().to(device, non_blocking=True)
+
+
+def random_batches(options: argparse.Namespace) -> Callable[[int], Tensor]:
+    """Ids of no meaning, which take as long as those of a text."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (options.steps, options.batch_size, options.context + 1)
+    return list(torch.randint(0, 50257, shape, generator=generator)).__getitem__
+
+
+def text_batches(source: str, batch_size: int, context: int, seed: int) -> Callable[[int], Tensor]:
+    data = open_data(source, preset("mini").vocab_size, Console())
+    return lambda i: torch.from_numpy(data.batch("train", i, batch_size, context, seed))
 
 
 CATEGORIES = {  # the first that a kernel's name contains
@@ -237,6 +258,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=25, help="of which the first five are not timed")
+    parser.add_argument("--data", help="a text to train on, as llmfast train takes it; by default ids of no meaning")
     parser.add_argument("--only", choices=["llmfast", "torch.compile", "eager"], action="append")
     parser.add_argument("--no-graph", action="store_true", help="launch every kernel of ours from the host")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
@@ -245,9 +267,8 @@ def main() -> None:
     options = parser.parse_args()
     device, console = hardware.device("cuda"), Console(width=140)
     config = preset(options.preset, vocab_size=VOCABULARY)
-    generator = torch.Generator().manual_seed(0)
-    shape = (options.batch_size, options.context + 1)
-    batches = [torch.randint(0, 50257, shape, generator=generator) for _ in range(options.steps)]
+    text = options.data and text_batches(options.data, options.batch_size, options.context, 0)
+    batches = text or random_batches(options)
     makers: dict[str, Callable[[], Step]] = {
         "llmfast": lambda: our_step(config, device, options.batch_size, not options.no_graph),
         "torch.compile": lambda: plain_step(config, device, True),
@@ -258,11 +279,14 @@ def main() -> None:
         "model": options.preset,
         "batch_size": options.batch_size,
         "context": options.context,
+        "steps": options.steps,
+        "data": options.data or "random",
+        "graph": not options.no_graph,
         "ceilings": ceilings(device, torch.bfloat16)._asdict(),
         "runs": [],
     }
     for name in options.only or ["llmfast", "torch.compile"]:
-        record["runs"].append(measure(name, makers[name], batches, device))
+        record["runs"].append(measure(name, makers[name], batches, options.steps, device))
         torch.cuda.empty_cache()
     matrices = config.n_params - config.context_length * config.d_model
     plain = 6.0 * matrices + 12.0 * config.n_layer * config.d_model * options.context
