@@ -1,6 +1,6 @@
 """Train ours and the plain torch.compile step of benchmarks/train.py on the same text: do the losses agree?
 
-python benchmarks/loss.py --steps 500 --seeds 3 --json loss.json --plot loss.png
+python benchmarks/loss.py --steps 500 --seeds 3 --json curves-gpt2.json --plot curves.png
 
 A seed draws the weights and the order of the text, the same for both. They agree if what lies between the two at the
 end, averaged over the seeds, is less than what lies between one's own seeds.
@@ -37,7 +37,7 @@ def losses(name: str, options: argparse.Namespace, seed: int, device: torch.devi
     found: list[Tensor] = []
     for i in range(options.steps):
         found.append(step(train.on_device(batches(i), name, device)).clone())
-    return torch.stack(found).tolist()
+    return [round(loss, 4) for loss in torch.stack(found).tolist()]
 
 
 def summary(runs: dict[str, list[list[float]]]) -> dict[str, float]:
@@ -84,7 +84,7 @@ def main() -> None:
     device, console = hardware.device("cuda"), Console(width=120)
     torch.set_float32_matmul_precision("high")
     sizes = {name: getattr(options, name) for name in ("preset", "data", "batch_size", "context", "steps")}
-    record: dict[str, Any] = heading(device, torch.bfloat16, options.commit) | sizes
+    record: dict[str, Any] = heading(device, torch.bfloat16, options.commit) | sizes | {"last": LAST}
     record["runs"] = {
         name: [losses(name, options, seed, device) for seed in range(options.seeds)]
         for name in ("llmfast", "torch.compile")
@@ -101,7 +101,7 @@ def main() -> None:
         draw(record, options.plot)
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        options.json.write_text(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":

@@ -91,6 +91,48 @@ def calls(record: dict[str, Any]) -> list[str]:
     return lines
 
 
+def steps(record: dict[str, Any]) -> list[str]:
+    """Training steps of one model beside each other."""
+    tokens = record["batch_size"] * record["context"]
+    peer = next(r["ms"] for r in record["runs"] if r["name"] == "torch.compile")
+    heads = ["ms", "p99 / median", "tokens/s", "ratio", "peak GB", "first step after s"]
+    lines = [line("", heads), f"|---|{'---:|' * len(heads)}"]
+    for run in record["runs"]:
+        ms, spread = run["ms"], f"{run['p99_ms'] / run['ms']:.2f}"
+        memory, first = f"{run['peak_bytes'] / 1e9:.1f}", f"{run['seconds_to_first_step']:.0f}"
+        rate = f"{tokens / ms * 1e3:,.0f}"
+        lines.append(line(run["name"], [f"{ms:.2f}", spread, rate, f"{peer / ms:.2f}", memory, first]))
+    for run in record["runs"]:
+        parts = ", ".join(f"{kind} {ms:.2f}" for kind, ms in run["breakdown"].items())
+        lines += ["", f"{run['name']}, ms on the device: {parts}."]
+    return lines
+
+
+def curves(record: dict[str, Any]) -> list[str]:
+    """What runs of the same seeds end with."""
+    n_seeds, last = len(next(iter(record["runs"].values()))), record["last"]
+    lines = [line("", [f"seed {i}" for i in range(n_seeds)]), f"|---|{'---:|' * n_seeds}"]
+    for name, runs in record["runs"].items():
+        lines.append(line(name, [f"{sum(run[-last:]) / last:.4f}" for run in runs]))
+    between, seeds = (record["summary"][key] for key in ("between", "seeds"))
+    return [*lines, "", f"Ours less plain: {between:+.4f} on average; standard deviation over seeds: {seeds:.4f}."]
+
+
+def special(stem: str, record: dict[str, Any]) -> tuple[str, list[str]] | None:
+    """The fold of a file that holds something else than kernels' rows: what it shows, and the table."""
+    on = f"{record['dtype']}, {record['device']['name']}"
+    if stem == "callers":
+        name = f"what a caller waits for, {on}: forward / training, us a call of small arguments"
+        return name, calls(record)
+    size = f"{record.get('batch_size')} x {record.get('context')} tokens"
+    if stem.startswith("step-"):
+        return f"a training step of {record['model']}, {size}, {on}", steps(record)
+    if stem.startswith("curves-"):
+        what = f"mean loss of the last {record['last']} of {record['steps']} steps"
+        return f"{what}, {record['preset']}, {size}, {on}", curves(record)
+    return None
+
+
 def report() -> str:
     """The main job, a summary with a line for each machine and op, and every case behind a fold."""
     folders = sorted((ROOT / "benchmarks/results").iterdir())
@@ -103,10 +145,8 @@ def report() -> str:
             record = json.loads(path.read_text())
             versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items() if v)
             made = f"{versions}, {record['date'][:10]}, commit {record['commit']}."
-            if path.stem == "callers":
-                name = f"what a caller waits for, {record['dtype']}, {record['device']['name']}"
-                summary_line = f"{name}: forward / training, us a call of small arguments"
-                details += fold(summary_line, made, calls(record))
+            if other := special(path.stem, record):
+                details += fold(other[0], made, other[1])
                 continue
             name = f"{record['rows'][0]['op'].replace('_', ' ')}, {record['dtype']}, {record['device']['name']}"
             lines, ratios = table(record)
