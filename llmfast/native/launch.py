@@ -134,6 +134,37 @@ def swiglu_limits(gate: Tensor, up: Tensor) -> str | None:
     return _without_rows(gate)
 
 
+def gated_linear_fwd(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """gate, up: (..., N); weight: (M, N); bias: (M,) or None -> F.linear(act(gate) * up, weight, bias)."""
+    if activation == "silu":
+        return torch.nn.functional.linear(swiglu_fwd(gate, up), weight, bias)
+    return torch.nn.functional.linear(gelu_fwd(gate, _APPROXIMATE[activation]) * up, weight, bias)
+
+
+def gated_linear_bwd(
+    dout: Tensor, gate: Tensor, up: Tensor, weight: Tensor, has_bias: bool, activation: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """-> dgate, dup, dweight and dbias or None. The product, which was not kept, is made once more."""
+    rows = dout.reshape(-1, weight.shape[0])
+    dproduct = (rows @ weight).view(gate.shape)
+    if activation == "silu":
+        dgate, dup = swiglu_bwd(dproduct, gate, up)
+        product = swiglu_fwd(gate, up)
+    else:
+        act = gelu_fwd(gate, _APPROXIMATE[activation])
+        dgate, dup = gelu_bwd(dproduct * up, gate, _APPROXIMATE[activation]), dproduct * act
+        product = act * up
+    return dgate, dup, rows.t() @ product.view(-1, weight.shape[1]), rows.sum(0) if has_bias else None
+
+
+def gated_linear_limits(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> str | None:
+    """Why gate has no rows to work on."""
+    return _without_rows(gate)
+
+
+_APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
+
+
 def rope_fwd(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """x: (B, T, H, D) of any strides but the last; cos, sin: (T, D/2) -> as x, contiguous."""
     return _rope(_adjacent(x), cos.float().contiguous(), sin.float().contiguous(), False)

@@ -252,6 +252,30 @@ def geglu(gate: Tensor, up: Tensor, *, approximate: str = "tanh") -> tuple[Any, 
     return gate, up, approximate
 
 
+def _check_linear(op: str, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """weight is (M, N) and bias (M,) or None for x of (..., N), all of one dtype; `name` is what x is called."""
+    layer = {"weight": weight} | ({} if bias is None else {"bias": bias})
+    _check_float(op, **{name: x}, **layer)
+    if x.dim() == 0 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        shapes = f"{name} is {tuple(x.shape)} and weight {tuple(weight.shape)}"
+        raise InputError(f"{op}: {shapes}; they must be (..., N) and (M, N)")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise InputError(f"{op}: bias has shape {tuple(bias.shape)}; it must be ({weight.shape[0]},), as weight's rows")
+    for other, t in layer.items():
+        if t.dtype is not x.dtype:
+            raise InputError(f"{op}: {other} has dtype {t.dtype} but {name} {x.dtype}; cast them to one dtype")
+
+
+def gated_linear(
+    gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "silu"
+) -> tuple[Any, ...]:
+    _check_gated("gated_linear", gate, up)
+    _check_linear("gated_linear", "gate", gate, weight, bias)
+    if activation not in ("silu", "gelu", "gelu_tanh"):
+        raise InputError(f"gated_linear: activation is {activation!r}; it must be 'silu', 'gelu' or 'gelu_tanh'")
+    return gate, up, weight, bias, activation
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> tuple[Any, ...]:
     _check_float("rope", x=x, cos=cos, sin=sin)
     if x.dim() != 4 or x.shape[-1] % 2:
@@ -286,17 +310,10 @@ def cross_entropy(
     in_place: bool = False,
 ) -> tuple[Any, ...]:
     _check_float("cross_entropy", logits=logits)
-    if not isinstance(targets, Tensor):
-        raise InputError(f"cross_entropy: targets must be a torch.Tensor, not {type(targets).__name__}")
-    if targets.device != logits.device:
-        raise InputError(
-            f"cross_entropy: targets are on {targets.device} but logits on {logits.device}; move them there"
-        )
-    if logits.dim() != 2 or targets.shape != logits.shape[:1] or targets.dtype != torch.int64:
-        raise InputError(
-            f"cross_entropy: logits are {tuple(logits.shape)} and targets {tuple(targets.shape)} {targets.dtype};"
-            " they must be (N, V) and (N,) torch.int64"
-        )
+    _check_kind("cross_entropy", "targets", targets, torch.int64, logits.device)
+    if logits.dim() != 2 or targets.shape != logits.shape[:1]:
+        shapes = f"logits are {tuple(logits.shape)} and targets {tuple(targets.shape)}"
+        raise InputError(f"cross_entropy: {shapes}; they must be (N, V) and (N,)")
     _check_loss("cross_entropy", label_smoothing, z_loss, reduction)
     classes = logits.shape[1]
     if n_classes is not None and not 0 < n_classes <= classes:
@@ -316,19 +333,12 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     reduction: str = "mean",
 ) -> tuple[Any, ...]:
-    op, biases = "linear_cross_entropy", {} if bias is None else {"bias": bias}
-    _check_float(op, x=x, weight=weight, **biases)
+    op = "linear_cross_entropy"
+    _check_linear(op, "x", x, weight, bias)
     _check_kind(op, "targets", targets, torch.int64, x.device)
-    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or targets.shape != x.shape[:1]:
-        raise InputError(
-            f"{op}: x is {tuple(x.shape)}, weight {tuple(weight.shape)} and targets {tuple(targets.shape)};"
-            " they must be (N, D), (V, D) and (N,)"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise InputError(f"{op}: bias has shape {tuple(bias.shape)}; it must be ({weight.shape[0]},), as weight's rows")
-    for name, t in {"weight": weight, **biases}.items():
-        if t.dtype is not x.dtype:
-            raise InputError(f"{op}: {name} has dtype {t.dtype} but x {x.dtype}; cast them to one dtype")
+    if x.dim() != 2 or targets.shape != x.shape[:1]:
+        shapes = f"x is {tuple(x.shape)} and targets {tuple(targets.shape)}"
+        raise InputError(f"{op}: {shapes}; they must be (N, D) and (N,)")
     _check_loss(op, label_smoothing, z_loss, reduction)
     return x, weight, targets, bias, ignore_index, float(label_smoothing), float(z_loss), reduction
 
@@ -400,6 +410,7 @@ ARGUMENTS = {
     "bias_gelu": bias_gelu,
     "swiglu": swiglu,
     "geglu": geglu,
+    "gated_linear": gated_linear,
     "rope": rope,
     "cross_entropy": cross_entropy,
     "linear_cross_entropy": linear_cross_entropy,

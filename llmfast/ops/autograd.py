@@ -157,6 +157,22 @@ class GEGLU(torch.autograd.Function):
         return None, *ctx.kernels.geglu_bwd(grad_outputs[0], *ctx.saved_tensors, ctx.approximate), None
 
 
+class GatedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, kernels: ModuleType, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, activation: str
+    ) -> Tensor:
+        ctx.kernels, ctx.has_bias, ctx.activation = kernels, bias is not None, activation
+        ctx.save_for_backward(gate, up, weight)
+        return kernels.gated_linear_fwd(gate, up, weight, bias, activation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        gradients = ctx.kernels.gated_linear_bwd(grad_outputs[0], *ctx.saved_tensors, ctx.has_bias, ctx.activation)
+        return None, *gradients, None
+
+
 class RoPE(torch.autograd.Function):
     """The tables get no gradient: they are constants of the model."""
 
@@ -317,6 +333,7 @@ FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
     "bias_gelu": BiasGELU,
     "swiglu": SwiGLU,
     "geglu": GEGLU,
+    "gated_linear": GatedLinear,
     "rope": RoPE,
     "cross_entropy": CrossEntropy,
     "linear_cross_entropy": LinearCrossEntropy,

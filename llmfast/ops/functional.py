@@ -199,6 +199,23 @@ def geglu(
     return _run("geglu", backend, arguments.geglu(gate, up, approximate=approximate))
 
 
+def gated_linear(
+    gate: Tensor,
+    up: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu",
+    backend: str | None = None,
+) -> Tensor:
+    """(act(gate) * up) @ weight^T + bias: the end of a gated MLP. Gate and up are kept for the gradients, their product
+    is not.
+
+    gate, up: (..., N); weight: (M, N); bias: (M,), all of one dtype -> (..., M).
+    """
+    return _run("gated_linear", backend, arguments.gated_linear(gate, up, weight, bias, activation=activation))
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, backend: str | None = None) -> Tensor:
     """Rotary position embedding of pairs (i, i + D/2), or (2i, 2i + 1) where interleaved.
 

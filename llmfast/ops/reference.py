@@ -178,6 +178,15 @@ def geglu(gate: Tensor, up: Tensor, approximate: str) -> Tensor:
     return (F.gelu(gate.to(acc), approximate=approximate) * up.to(acc)).to(gate.dtype)
 
 
+def gated_linear(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """(act(gate) * up) @ weight^T + bias. gate, up: (..., N); weight: (M, N); bias: (M,) or None."""
+    acc = _accumulation_dtype(gate)
+    gate, up, dtype = gate.to(acc), up.to(acc), gate.dtype
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    product = swiglu(gate, up) if activation == "silu" else geglu(gate, up, approximate)
+    return F.linear(product, weight.to(acc), None if bias is None else bias.to(acc)).to(dtype)
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """Rotate each pair (x[i], x[i + D/2]), or (x[2i], x[2i + 1]) where interleaved, by its position's angle.
 

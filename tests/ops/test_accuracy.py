@@ -18,6 +18,7 @@ from llmfast.testing.cases import (
     Case,
     CrossEntropyCase,
     EmbeddingCase,
+    GatedLinearCase,
     LinearCrossEntropyCase,
     RopeCase,
     RowCase,
@@ -85,6 +86,7 @@ ORDINARY: list[Case] = [
     RopeCase(2, 9, 3, 64),
     RopeCase(2, 9, 3, 64, interleaved=True),
     EmbeddingCase(90, 37, 300),
+    GatedLinearCase(37, 300, 40, bias=True),
     LinearCrossEntropyCase(90, 30, 37, bias=True),
     AttentionCase(2, 70, 90, 4, 2, 64, causal=True),
 ]

@@ -121,9 +121,13 @@ WRONG: list[tuple[Callable[[], object], str, str]] = [
     (lambda: ops.cross_entropy(t(2, 4, dtype=torch.int64), IDS), "cross_entropy: logits ", "torch.int64"),
     (lambda: ops.cross_entropy(t(2, 2, 4), IDS), "cross_entropy: logits ", "(N, V)"),
     (lambda: ops.cross_entropy(t(3, 4), IDS), "cross_entropy: logits ", "targets (2,)"),
-    (lambda: ops.cross_entropy(t(2, 4), IDS.int()), "cross_entropy: logits ", "torch.int32"),
-    (lambda: ops.cross_entropy(t(2, 4), [0, 1]), "cross_entropy: targets ", "not list"),
-    (lambda: ops.cross_entropy(t(2, 4), IDS.to("meta")), "cross_entropy: targets ", "on meta but logits on cpu"),
+    (lambda: ops.cross_entropy(t(2, 4), IDS.int()), "cross_entropy: targets ", "torch.int32"),
+    (lambda: ops.cross_entropy(t(2, 4), [0, 1]), "cross_entropy: targets ", "list"),
+    (
+        lambda: ops.cross_entropy(t(2, 4), IDS.to("meta")),
+        "cross_entropy: targets ",
+        "on meta; it must be a torch.int64 tensor on cpu",
+    ),
     (lambda: ops.cross_entropy(t(2, 4), IDS, reduction="max"), "cross_entropy: reduction ", "'max'"),
     (lambda: ops.cross_entropy(t(2, 4), IDS, label_smoothing=1.5), "cross_entropy: label_smoothing ", "1.5"),
     (lambda: ops.cross_entropy(t(2, 4), IDS, z_loss=-1.0), "cross_entropy: z_loss ", "-1.0"),
@@ -136,6 +140,8 @@ WRONG: list[tuple[Callable[[], object], str, str]] = [
     (lambda: ops.linear_cross_entropy(t(2, 3), t(4, 3), IDS, t(3)), "linear_cross_entropy: bias ", "(4,)"),
     (lambda: ops.linear_cross_entropy(t(2, 3), t(4, 3, dtype=HALF), IDS), "linear_cross_entropy: weight ", "float16"),
     (lambda: ops.linear_cross_entropy(t(2, 3), t(4, 3), IDS, z_loss=-1.0), "linear_cross_entropy: z_loss ", "-1.0"),
+    (lambda: ops.linear_cross_entropy(t(2, 3), t(4, 3), IDS[:1]), "linear_cross_entropy: x ", "(1,)"),
+    (lambda: ops.gated_linear(t(2, 3), t(2, 3), t(4, 3), activation="relu"), "gated_linear: activation ", "'relu'"),
     (lambda: ops.embedding(t(4), IDS), "embedding: weight ", "(V, D)"),
     (lambda: ops.embedding(IDS, IDS), "embedding: weight ", "torch.int64"),
     (lambda: ops.embedding(t(4, 2), IDS.int()), "embedding: tokens ", "torch.int32 on cpu"),
@@ -187,7 +193,7 @@ SUPPORTED = [
     pytest.param(op, name, dtype, id=f"{op}-{name}-{str(dtype).removeprefix('torch.')}")
     for op in BACKENDS
     # Whose results are of another shape, or none, or have no gradient.
-    if op not in ("adamw", "embedding", "linear_cross_entropy", "decode_attention")
+    if op not in ("adamw", "embedding", "gated_linear", "linear_cross_entropy", "decode_attention")
     for name, dtypes in [*((row.name, row.dtypes) for row in BACKENDS[op]), ("reference", DTYPES)]
     for dtype in DTYPES
     # Triton's CPU interpreter computes bfloat16 wrongly.

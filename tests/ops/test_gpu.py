@@ -14,6 +14,7 @@ from llmfast.testing.cases import (
     Case,
     CrossEntropyCase,
     EmbeddingCase,
+    GatedLinearCase,
     LinearCrossEntropyCase,
     RopeCase,
     RowCase,
@@ -195,6 +196,7 @@ GRAPHED = [
     (AttentionCase(2, 100, 100, 4, 2, 64, True), TRITON),
     (RopeCase(2, 30, 3, 64), TRITON),
     (EmbeddingCase(300, 50, 200), TRITON),
+    (GatedLinearCase(70, 64, 32, bias=True), TRITON),
     (LinearCrossEntropyCase(70, 64, 333, bias=True), TRITON),
 ]
 

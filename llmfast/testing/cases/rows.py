@@ -1,8 +1,8 @@
-"""Cases of the ops over rows: softmax, normalisations and activations."""
+"""Cases of the ops over rows: softmax, normalisations, activations, and an activation with the layer behind it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -95,3 +95,42 @@ class RowCase(Defaults):
     def work(self, direction: str, itemsize: int) -> Work:
         passes = _ROW_PASSES.get(self.op, (2, 3))[direction == "bwd"]
         return Work(float(passes * self.rows * self.cols * itemsize), 0.0)
+
+
+@dataclass(frozen=True)
+class GatedLinearCase(Defaults):
+    """act(gate) * up of (rows, cols) through a layer to (rows, width)."""
+
+    rows: int
+    cols: int
+    width: int
+    bias: bool = False
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    op: str = "gated_linear"
+
+    @property
+    def label(self) -> str:
+        return f"{self.rows}x{self.cols}x{self.width} {self.activation}" + " bias" * self.bias
+
+    @property
+    def output(self) -> tuple[int, ...]:
+        return self.rows, self.width
+
+    @property
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        rows, weight = (self.rows, self.cols), (self.width, self.cols)
+        return {"gate": rows, "up": rows, "weight": weight} | ({"bias": (self.width,)} if self.bias else {})
+
+    def ours(self, *tensors: Tensor, backend: str) -> Tensor:
+        return ops.gated_linear(*tensors, activation=self.activation, backend=backend)
+
+    def torch(self, *tensors: Tensor) -> Tensor:
+        """PyTorch's own functions one after another, at the tensors' dtype."""
+        gate, up, *layer = tensors
+        approximate = "tanh" if self.activation == "gelu_tanh" else "none"
+        act = F.silu(gate) if self.activation == "silu" else F.gelu(gate, approximate=approximate)
+        return F.linear(act * up, *layer)
+
+    def work(self, direction: str, itemsize: int) -> Work:
+        """Matrix products: one forward, two backward."""
+        return Work(0.0, 2.0 * self.rows * self.cols * self.width * (1 if direction == "fwd" else 2))
