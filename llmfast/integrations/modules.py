@@ -8,15 +8,19 @@ is the old class.
 import functools
 import re
 from collections.abc import Callable
-from typing import Any
+from types import FunctionType
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from .. import nn as fast
 from .. import ops
+from ..nn.functional import autocast
 
 Forward = Callable[..., Any]
 Maker = Callable[[type[nn.Module]], Forward]  # of a class of modules, what is to be its forward
+Activation = Literal["silu", "gelu", "gelu_tanh"]
 
 
 def rms_norm(eps: str, offset: float) -> Maker:
@@ -55,18 +59,62 @@ def gelu(approximate: str) -> Maker:
     return make
 
 
-def gated_mlp(product: Callable[[Tensor, Tensor], Tensor]) -> Maker:
-    """down_proj(product(gate_proj(x), up_proj(x)))."""
+@functools.cache
+def gated_mlp(activation: Activation) -> Maker:
+    """down_proj(act(gate_proj(x)) * up_proj(x)); while training, where it can be, without keeping the product."""
 
     def make(base: type[nn.Module]) -> Forward:
         def forward(self: Any, x: Tensor) -> Tensor:
-            gate, up = self.gate_proj(x), self.up_proj(x)
-            same = gate.dtype is up.dtype  # an adapter on one of them may change its dtype
-            return self.down_proj(product(gate, up) if same else self.act_fn(gate) * up)
+            gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
+            if gate.dtype is not up.dtype:  # an adapter on one of them may change its dtype
+                return down(self.act_fn(gate) * up)
+            if torch.is_grad_enabled() and _is_plain(down) and down.weight.requires_grad:
+                layer = (down.weight,) if down.bias is None else (down.weight, down.bias)
+                return ops.gated_linear(gate, up, *autocast(*layer), activation=activation)
+            if activation == "silu":
+                return down(ops.swiglu(gate, up))
+            return down(ops.geglu(gate, up, approximate="none" if activation == "gelu" else "tanh"))
 
         return forward
 
     return make
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether F.linear of its parameters is all that it does: no adapter, quantisation or hook is in the way."""
+    hooks = (linear._forward_pre_hooks, linear._forward_hooks, linear._backward_pre_hooks, linear._backward_hooks)
+    return type(linear) is nn.Linear and "forward" not in vars(linear) and not any(hooks)
+
+
+ROTATION = "apply_rotary_pos_emb"
+
+
+def rotary_attention(base: type[nn.Module]) -> Forward:
+    """The same code, for which the name `apply_rotary_pos_emb` means ops.rope."""
+    own: Any = base.forward
+    names = {**own.__globals__, ROTATION: _rotation(own.__globals__[ROTATION])}
+    del names["__name__"]  # or a compiler would look them up in that module
+    forward = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
+    forward.__kwdefaults__ = own.__kwdefaults__
+    return forward
+
+
+def _rotation(theirs: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    def apply_rotary_pos_emb(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """q: (B, H, T, D); k: (B, Hkv, T, D); cos, sin: (1, T, D), both halves of the last dimension the same.
+
+        Positions that differ by row, a rotation of part of a head and mixed dtypes are left to transformers' own.
+        """
+        alike = unsqueeze_dim == 1 and q.dtype is k.dtype is cos.dtype
+        if not alike or cos.shape[0] != 1 or not cos.shape[-1] == q.shape[-1] == k.shape[-1]:
+            return theirs(q, k, cos, sin, unsqueeze_dim)
+        cos, sin = (table[0].chunk(2, dim=-1)[0] for table in (cos, sin))
+        q, k = (ops.rope(x.transpose(1, 2), cos, sin).transpose(1, 2) for x in (q, k))
+        return q, k
+
+    return apply_rotary_pos_emb
 
 
 # The name by which the report calls what runs instead, and the maker of it.
@@ -94,16 +142,16 @@ TRANSFORMERS: dict[str, Twin] = {
 }
 PYTORCH: dict[str, Twin] = {"LayerNorm": ("ops.layer_norm", layer_norm)}
 
-GATED_MLPS = frozenset(
-    f"{family}MLP" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Gemma", "Gemma2", "Gemma3")
-)
-# Classes of activations -> the product of a gated MLP that has one.
-PRODUCTS: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
-    "SiLU": ("ops.swiglu", ops.swiglu),
-    "SiLUActivation": ("ops.swiglu", ops.swiglu),
-    "NewGELUActivation": ("ops.geglu, tanh", ops.geglu),
-    "GELUTanh": ("ops.geglu, tanh", ops.geglu),
-    "GELUActivation": ("ops.geglu", functools.partial(ops.geglu, approximate="none")),
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Gemma", "Gemma2", "Gemma3")
+GATED_MLPS = frozenset(f"{family}MLP" for family in FAMILIES)
+ATTENTIONS = frozenset(f"{family}Attention" for family in FAMILIES)
+# Classes of activations of a gated MLP -> what ours is called.
+ACTIVATIONS: dict[str, Activation] = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "NewGELUActivation": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "GELUActivation": "gelu",
 }
 # A module whose class is called so does what ours could; if the tables lack it, the report says so.
 CANDIDATE = re.compile(r"Norm|MLP|[GS]E?I?LU|Activation")
@@ -117,6 +165,8 @@ def twin_of(module: nn.Module) -> Twin | str | None:
     if home.startswith("transformers."):
         if kind in GATED_MLPS:
             return _gated(module)
+        if kind in ATTENTIONS:
+            return _rotary(module)
         if kind in TRANSFORMERS:
             return TRANSFORMERS[kind]
     if home.startswith("torch.nn.") and kind in PYTORCH:
@@ -126,10 +176,16 @@ def twin_of(module: nn.Module) -> Twin | str | None:
 
 def _gated(module: Any) -> Twin | str:
     activation = type(module.act_fn).__name__
-    if activation not in PRODUCTS:
+    if activation not in ACTIVATIONS:
         return f"there is no gated product with {activation}"
-    name, product = PRODUCTS[activation]
-    return name, gated_mlp(product)
+    return f"ops.gated_linear, {ACTIVATIONS[activation]}", gated_mlp(ACTIVATIONS[activation])
+
+
+def _rotary(module: nn.Module) -> Twin | str:
+    code = getattr(type(module).forward, "__code__", None)
+    if code is None or ROTATION not in code.co_names:
+        return f"its forward does not call {ROTATION}"
+    return "ops.rope", rotary_attention
 
 
 @functools.cache

@@ -118,22 +118,48 @@ def test_training_step_is_the_same(name: str) -> None:
 
 def test_the_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """So many calls of each op as a Llama of two layers has; a fallback would make the tests above pass, too."""
-    calls = Calls(monkeypatch, "attention", "decode_attention", "rms_norm", "cross_entropy", "linear_cross_entropy")
+    expected = {"attention": 2, "decode_attention": 0, "rms_norm": 5, "rope": 4, "gated_linear": 2, "swiglu": 0}
+    expected |= {"cross_entropy": 0, "linear_cross_entropy": 0}
+    calls = Calls(monkeypatch, *expected)
     x, model = tokens(), make_ours(LLAMA)
     with warnings.catch_warnings():
         warnings.simplefilter("error", ops.BackendFallbackWarning)
         model(input_ids=x)
-    assert calls.counts == {
-        "attention": 2,
-        "decode_attention": 0,
-        "rms_norm": 5,
-        "cross_entropy": 0,
-        "linear_cross_entropy": 0,
-    }
+    assert calls.counts == expected
     model(input_ids=x, labels=x)
     assert calls.counts["cross_entropy"] == 1 and calls.counts["attention"] == 4
     model.eval().generate(x, max_new_tokens=4, do_sample=False)
     assert calls.counts["attention"] == 6 and calls.counts["decode_attention"] == 6
+    assert calls.counts["gated_linear"] == 4 and calls.counts["swiglu"] == 8
+
+
+@pytest.mark.parametrize("why", ["frozen", "hook", "subclass"])
+def test_a_layer_that_is_not_plain_is_called(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And trains the same; whatever else it does is not skipped."""
+
+    class Scaled(torch.nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    calls, ours, theirs = Calls(monkeypatch, "gated_linear"), make_ours(LLAMA), make(LLAMA)
+    for model in (ours, theirs):
+        for layer in model.model.layers:
+            down = layer.mlp.down_proj
+            if why == "frozen":
+                down.requires_grad_(False)
+            elif why == "hook":
+                down.register_forward_hook(lambda module, args, out: 3 * out)
+            else:
+                down.__class__ = Scaled
+    assert_same_step(ours, theirs, input_ids=tokens(), labels=tokens())
+    assert calls.counts["gated_linear"] == 0
+
+
+def test_rows_with_positions_of_their_own_rotate_as_transformers_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, x = Calls(monkeypatch, "rope"), tokens()
+    positions = torch.arange(12) + torch.tensor([[0], [3], [7]])
+    assert_same_step(make_ours(LLAMA), make(LLAMA), input_ids=x, position_ids=positions, labels=x)
+    assert calls.counts["rope"] == 0
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -242,9 +268,11 @@ def test_report_and_the_way_back() -> None:
     before = dict(vars(model))
     report = fast.accelerate(model, skip_logits=True)
     assert list(model.state_dict()) == keys and [p.data_ptr() for p in model.parameters()] == pointers
-    assert len(report.replaced) == 5 + 2 + 1 + 1 + 1  # norms, MLPs, the loss, the model's own forward, attention
+    # Norms, MLPs, rotations, the loss, the model's own forward, attention.
+    assert len(report.replaced) == 5 + 2 + 2 + 1 + 1 + 1
     assert report.left == {}
-    assert "5 x LlamaRMSNorm by ops.rms_norm" in str(report) and "2 x LlamaMLP by ops.swiglu" in str(report)
+    assert "5 x LlamaRMSNorm by ops.rms_norm" in str(report) and "2 x LlamaMLP by ops.gated_linear, silu" in str(report)
+    assert "2 x LlamaAttention by ops.rope" in str(report)
     assert isinstance(model, transformers.LlamaForCausalLM)
     report.undo()
     report.undo()
@@ -330,7 +358,7 @@ def test_lora_trains_the_same_and_merges(first: str, skip_logits: bool) -> None:
     else:
         report = fast.accelerate(ours, skip_logits=skip_logits)
         ours = adapted(ours)
-    assert len(report.replaced) == 9 + skip_logits
+    assert len(report.replaced) == 11 + skip_logits
     assert_same_step(ours, theirs, input_ids=x, labels=x)
     ours, theirs = ours.merge_and_unload(), theirs.merge_and_unload()
     assert_equal(ours(input_ids=x).logits, theirs(input_ids=x).logits)
