@@ -86,13 +86,13 @@ def _activation_fwd_kernel(
 @triton.jit
 def _activation_bwd_kernel(
     DY, X, Bias, Up, DX, DUp, Y, Partial, dy_stride, x_stride, up_stride, n_rows, n_cols,
-    KIND: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, PRODUCT: tl.constexpr, ROWS: tl.constexpr,
+    KIND: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, RESULT: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dx = dy * up * act'(x + bias), dup = dy * act(x + bias), and sums of dx over the tiles that a program walks.
 
-    DY, X, Up: (n_rows, n_cols) with row strides; DX, DUp: contiguous; Y: with PRODUCT, gets act(x) * up, contiguous,
-    and may be DY; Partial: (walkers, n_cols) fp32.
+    DY, X, Up: (n_rows, n_cols) with row strides; DX, DUp: contiguous; Y: with RESULT, gets the forward pass's result,
+    contiguous, and may be DY; Partial: (walkers, n_cols) fp32.
     """
     columns = tl.cdiv(n_cols, BLOCK)
     walker, walkers = tl.program_id(0) // columns, tl.num_programs(0) // columns
@@ -113,8 +113,9 @@ def _activation_bwd_kernel(
             up = tl.load(Up + row * up_stride + col, mask=inside, other=0.0).to(tl.float32)
             tl.store(DUp + row * n_cols + col, (dy * y).to(DX.dtype.element_ty), mask=inside)
             dy *= up
-            if PRODUCT:
-                tl.store(Y + row * n_cols + col, (y * up).to(DX.dtype.element_ty), mask=inside)
+            y *= up
+        if RESULT:
+            tl.store(Y + row * n_cols + col, y.to(DX.dtype.element_ty), mask=inside)
         dx = dy * slope
         tl.store(DX + row * n_cols + col, dx.to(DX.dtype.element_ty), mask=inside)
         if HAS_BIAS:
@@ -146,9 +147,10 @@ def _forward(x: Tensor, bias: Tensor | None, up: Tensor | None, kind: str) -> Te
 
 
 def _backward(
-    dy: Tensor, x: Tensor, bias: Tensor | None, up: Tensor | None, kind: str, product: Tensor | None = None
+    dy: Tensor, x: Tensor, bias: Tensor | None, up: Tensor | None, kind: str, result: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """-> dx and, where there are, dup and dbias (float32). `product`, contiguous and perhaps dy, gets act(x) * up."""
+    """-> dx and, where there are, dup and dbias (float32). `result`, contiguous and perhaps dy, gets what the forward
+    pass gave."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dup = None if up is None else torch.empty_like(dx)
     if dx.numel() == 0:
@@ -163,9 +165,9 @@ def _backward(
     partial = None if bias is None else torch.empty((walkers, n_cols), dtype=torch.float32, device=x.device)
     _activation_bwd_kernel[(walkers * columns,)](
         dy_rows, rows, rows if bias is None else bias.contiguous(), up_rows, dx, dx if dup is None else dup,
-        dx if product is None else product, dx if partial is None else partial,
+        dx if result is None else result, dx if partial is None else partial,
         dy_rows.stride(0), rows.stride(0), up_rows.stride(0), n_rows, n_cols,
-        KIND=kind, HAS_BIAS=bias is not None, GATED=up is not None, PRODUCT=product is not None, **tile,
+        KIND=kind, HAS_BIAS=bias is not None, GATED=up is not None, RESULT=result is not None, **tile,
     )  # fmt: skip
     return dx, dup, None if partial is None else partial.sum(0)
 
@@ -219,14 +221,16 @@ def geglu_bwd(dy: Tensor, gate: Tensor, up: Tensor, approximate: str) -> tuple[T
     return _backward(dy, gate, None, up, _kind(approximate))[:2]
 
 
-def gated_fwd(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """gate, up: (..., N) -> act(gate) * up, contiguous; activation: "silu", "gelu" or "gelu_tanh"."""
-    return _forward(gate, None, up, _GATES[activation])
+def activation_fwd(x: Tensor, bias: Tensor | None, up: Tensor | None, activation: str) -> Tensor:
+    """x, up: (..., N); bias: (N,) -> act(x + bias) * up, contiguous; activation: "silu", "gelu" or "gelu_tanh"."""
+    return _forward(x, bias, up, _KINDS[activation])
 
 
-def gated_bwd_with_product(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor | None]:
-    """-> dgate, dup, contiguous. dy, which must be contiguous, becomes act(gate) * up."""
-    return _backward(dy, gate, None, up, _GATES[activation], product=dy)[:2]
+def activation_bwd_with_result(
+    dy: Tensor, x: Tensor, bias: Tensor | None, up: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """-> dx, dup, contiguous, and dbias (N,) float32. dy, which must be contiguous, becomes act(x + bias) * up."""
+    return _backward(dy, x, bias, up, _KINDS[activation], result=dy)
 
 
-_GATES = {"silu": "silu", "gelu": "erf", "gelu_tanh": "tanh"}
+_KINDS = {"silu": "silu", "gelu": "erf", "gelu_tanh": "tanh"}

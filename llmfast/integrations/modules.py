@@ -70,7 +70,7 @@ def gated_mlp(activation: Activation) -> Maker:
                 return down(self.act_fn(gate) * up)
             if torch.is_grad_enabled() and _is_plain(down) and down.weight.requires_grad:
                 layer = (down.weight,) if down.bias is None else (down.weight, down.bias)
-                return ops.gated_linear(gate, up, *autocast(*layer), activation=activation)
+                return ops.activation_linear(gate, *autocast(*layer), up=up, activation=activation)
             if activation == "silu":
                 return down(ops.swiglu(gate, up))
             return down(ops.geglu(gate, up, approximate="none" if activation == "gelu" else "tanh"))
@@ -178,7 +178,7 @@ def _gated(module: Any) -> Twin | str:
     activation = type(module.act_fn).__name__
     if activation not in ACTIVATIONS:
         return f"there is no gated product with {activation}"
-    return f"ops.gated_linear, {ACTIVATIONS[activation]}", gated_mlp(ACTIVATIONS[activation])
+    return f"ops.activation_linear, {ACTIVATIONS[activation]}", gated_mlp(ACTIVATIONS[activation])
 
 
 def _rotary(module: nn.Module) -> Twin | str:

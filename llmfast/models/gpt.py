@@ -13,7 +13,6 @@ from .config import Config
 from .layers import Block, Linear, Norm
 from .rope import rope_table
 
-
 # Logits of more bytes than this are not held all at once in training; chunks of fewer cost more time than they save.
 MAX_LOGITS = 2**30
 

@@ -115,14 +115,13 @@ class MLP(nn.Module):
         self.down = Linear(config.d_mlp, config.d_model, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        approximate = "tanh" if self.kind in ("gelu_tanh", "geglu_tanh") else "none"
+        activation: Any = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}.get(self.kind, self.kind)
+        down = self.down.weight.to(x.dtype), None if self.down.bias is None else self.down.bias.to(x.dtype)
         if self.kind in ("gelu", "gelu_tanh"):
             h, bias = F.linear(x, self.up.weight.to(x.dtype)), _parameter(self.up.bias, x)
-            return self.down(ops.bias_gelu(h, bias, approximate=approximate))
+            return ops.activation_linear(h, *down, x_bias=bias, activation=activation)
         gate, up = self.up(x).chunk(2, dim=-1)
-        return self.down(
-            ops.swiglu(gate, up) if self.kind == "swiglu" else ops.geglu(gate, up, approximate=approximate)
-        )
+        return ops.activation_linear(gate, *down, up=up, activation=activation)
 
 
 def _parameter(p: Tensor | None, x: Tensor) -> Tensor | None:

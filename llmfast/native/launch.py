@@ -134,32 +134,47 @@ def swiglu_limits(gate: Tensor, up: Tensor) -> str | None:
     return _without_rows(gate)
 
 
-def gated_linear_fwd(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """gate, up: (..., N); weight: (M, N); bias: (M,) or None -> F.linear(act(gate) * up, weight, bias)."""
-    if activation == "silu":
-        return torch.nn.functional.linear(swiglu_fwd(gate, up), weight, bias)
-    return torch.nn.functional.linear(gelu_fwd(gate, _APPROXIMATE[activation]) * up, weight, bias)
+def activation_linear_fwd(
+    x: Tensor, x_bias: Tensor | None, up: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    """x, up: (..., N); x_bias: (N,); weight: (M, N); bias: (M,) -> F.linear(act(x + x_bias) * up, weight, bias)."""
+    return torch.nn.functional.linear(_activation(x, x_bias, up, activation), weight, bias)
 
 
-def gated_linear_bwd(
-    dout: Tensor, gate: Tensor, up: Tensor, weight: Tensor, has_bias: bool, activation: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """-> dgate, dup, dweight and dbias or None. The product, which was not kept, is made once more."""
+def activation_linear_bwd(
+    dout: Tensor, x: Tensor, x_bias: Tensor | None, up: Tensor | None, weight: Tensor, has_bias: bool, activation: str
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
+    """-> dx, dx_bias, dup, dweight and dbias, or None. The layer's input, which was not kept, is made once more."""
     rows = dout.reshape(-1, weight.shape[0])
-    dproduct = (rows @ weight).view(gate.shape)
+    dy = (rows @ weight).view(x.shape)
+    dx_bias = dup = None
     if activation == "silu":
-        dgate, dup = swiglu_bwd(dproduct, gate, up)
-        product = swiglu_fwd(gate, up)
+        assert up is not None
+        dx, dup = swiglu_bwd(dy, x, up)
     else:
-        act = gelu_fwd(gate, _APPROXIMATE[activation])
-        dgate, dup = gelu_bwd(dproduct * up, gate, _APPROXIMATE[activation]), dproduct * act
-        product = act * up
-    return dgate, dup, rows.t() @ product.view(-1, weight.shape[1]), rows.sum(0) if has_bias else None
+        if up is not None:
+            dup = dy * _activation(x, x_bias, None, activation)
+            dy = dy * up
+        dx, dx_bias = bias_gelu_bwd(dy, x, x_bias, _APPROXIMATE[activation])
+    y = _activation(x, x_bias, up, activation)
+    return dx, dx_bias, dup, rows.t() @ y.view(-1, weight.shape[1]), rows.sum(0) if has_bias else None
 
 
-def gated_linear_limits(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> str | None:
-    """Why gate has no rows to work on."""
-    return _without_rows(gate)
+def activation_linear_limits(
+    x: Tensor, x_bias: Tensor | None, up: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str
+) -> str | None:
+    """Why a kernel cannot give what is asked."""
+    if activation == "silu" and (up is None or x_bias is not None):
+        return "has silu(x) * up only, without a bias"
+    return _without_rows(x)
+
+
+def _activation(x: Tensor, x_bias: Tensor | None, up: Tensor | None, activation: str) -> Tensor:
+    if activation == "silu":
+        assert up is not None
+        return swiglu_fwd(x, up)
+    y = bias_gelu_fwd(x, x_bias, _APPROXIMATE[activation])
+    return y if up is None else y * up
 
 
 _APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}

@@ -7,6 +7,7 @@ print(ops.explain("softmax", x))            # every backend, and why it would or
 """
 
 from .functional import (
+    activation_linear,
     adamw_,
     add_layer_norm,
     add_rms_norm,
@@ -17,7 +18,6 @@ from .functional import (
     decode_attention,
     embedding,
     explain,
-    gated_linear,
     geglu,
     gelu,
     layer_norm,
@@ -42,7 +42,7 @@ __all__ = [
     "decode_attention",
     "embedding",
     "explain",
-    "gated_linear",
+    "activation_linear",
     "geglu",
     "gelu",
     "layer_norm",

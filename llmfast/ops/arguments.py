@@ -235,19 +235,21 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, *, approximate: str = "none
     return x, bias, approximate
 
 
-def _check_gated(op: str, gate: Tensor, up: Tensor) -> None:
-    _check_float(op, gate=gate, up=up)
-    if gate.shape != up.shape or gate.dtype != up.dtype:
-        raise InputError(f"{op}: gate is {tuple(gate.shape)} {gate.dtype} but up {tuple(up.shape)} {up.dtype}")
+def _check_alike(op: str, **tensors: Tensor) -> None:
+    """Two tensors of one shape and dtype."""
+    _check_float(op, **tensors)
+    (name, x), (other, y) = tensors.items()
+    if x.shape != y.shape or x.dtype != y.dtype:
+        raise InputError(f"{op}: {name} is {tuple(x.shape)} {x.dtype} but {other} {tuple(y.shape)} {y.dtype}")
 
 
 def swiglu(gate: Tensor, up: Tensor) -> tuple[Any, ...]:
-    _check_gated("swiglu", gate, up)
+    _check_alike("swiglu", gate=gate, up=up)
     return gate, up
 
 
 def geglu(gate: Tensor, up: Tensor, *, approximate: str = "tanh") -> tuple[Any, ...]:
-    _check_gated("geglu", gate, up)
+    _check_alike("geglu", gate=gate, up=up)
     _check_approximate("geglu", approximate)
     return gate, up, approximate
 
@@ -266,14 +268,23 @@ def _check_linear(op: str, name: str, x: Tensor, weight: Tensor, bias: Tensor | 
             raise InputError(f"{op}: {other} has dtype {t.dtype} but {name} {x.dtype}; cast them to one dtype")
 
 
-def gated_linear(
-    gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "silu"
+def activation_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    up: Tensor | None = None,
+    x_bias: Tensor | None = None,
+    activation: str = "gelu",
 ) -> tuple[Any, ...]:
-    _check_gated("gated_linear", gate, up)
-    _check_linear("gated_linear", "gate", gate, weight, bias)
+    op = "activation_linear"
+    _check_linear(op, "x", x, weight, bias)
+    _check_rows(op, x, x_bias=x_bias)
+    if up is not None:
+        _check_alike(op, x=x, up=up)
     if activation not in ("silu", "gelu", "gelu_tanh"):
-        raise InputError(f"gated_linear: activation is {activation!r}; it must be 'silu', 'gelu' or 'gelu_tanh'")
-    return gate, up, weight, bias, activation
+        raise InputError(f"{op}: activation is {activation!r}; it must be 'silu', 'gelu' or 'gelu_tanh'")
+    return x, x_bias, up, weight, bias, activation
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> tuple[Any, ...]:
@@ -410,7 +421,7 @@ ARGUMENTS = {
     "bias_gelu": bias_gelu,
     "swiglu": swiglu,
     "geglu": geglu,
-    "gated_linear": gated_linear,
+    "activation_linear": activation_linear,
     "rope": rope,
     "cross_entropy": cross_entropy,
     "linear_cross_entropy": linear_cross_entropy,

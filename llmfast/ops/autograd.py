@@ -157,20 +157,26 @@ class GEGLU(torch.autograd.Function):
         return None, *ctx.kernels.geglu_bwd(grad_outputs[0], *ctx.saved_tensors, ctx.approximate), None
 
 
-class GatedLinear(torch.autograd.Function):
+class ActivationLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, kernels: ModuleType, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, activation: str
+        ctx: Any,
+        kernels: ModuleType,
+        x: Tensor,
+        x_bias: Tensor | None,
+        up: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: str,
     ) -> Tensor:
-        ctx.kernels, ctx.has_bias, ctx.activation = kernels, bias is not None, activation
-        ctx.save_for_backward(gate, up, weight)
-        return kernels.gated_linear_fwd(gate, up, weight, bias, activation)
+        ctx.kernels, ctx.options = kernels, (bias is not None, activation)
+        ctx.save_for_backward(x, x_bias, up, weight)
+        return kernels.activation_linear_fwd(x, x_bias, up, weight, bias, activation)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        gradients = ctx.kernels.gated_linear_bwd(grad_outputs[0], *ctx.saved_tensors, ctx.has_bias, ctx.activation)
-        return None, *gradients, None
+        return None, *ctx.kernels.activation_linear_bwd(grad_outputs[0], *ctx.saved_tensors, *ctx.options), None
 
 
 class RoPE(torch.autograd.Function):
@@ -333,7 +339,7 @@ FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
     "bias_gelu": BiasGELU,
     "swiglu": SwiGLU,
     "geglu": GEGLU,
-    "gated_linear": GatedLinear,
+    "activation_linear": ActivationLinear,
     "rope": RoPE,
     "cross_entropy": CrossEntropy,
     "linear_cross_entropy": LinearCrossEntropy,

@@ -115,9 +115,9 @@ _RESULTS: dict[str, Callable[..., Any]] = {
     "swiglu_bwd": lambda dy, gate, up: (_like(gate), _like(up)),
     "geglu_fwd": lambda gate, *_: _like(gate),
     "geglu_bwd": lambda dy, gate, up, *_: (_like(gate), _like(up)),
-    "gated_linear_fwd": lambda gate, up, weight, *_: gate.new_empty((*gate.shape[:-1], weight.shape[0])),
-    "gated_linear_bwd": lambda dout, gate, up, weight, has_bias, *_: (
-        *(_like(gate), _like(up), _like(weight)),
+    "activation_linear_fwd": lambda x, x_bias, up, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    "activation_linear_bwd": lambda dout, x, x_bias, up, weight, has_bias, activation: (
+        *(_like(x), *_sums(x, x_bias is not None), None if up is None else _like(up), _like(weight)),
         weight.new_empty(weight.shape[0]) if has_bias else None,
     ),
     "rope_fwd": lambda x, *_: _like(x),

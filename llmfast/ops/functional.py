@@ -199,21 +199,23 @@ def geglu(
     return _run("geglu", backend, arguments.geglu(gate, up, approximate=approximate))
 
 
-def gated_linear(
-    gate: Tensor,
-    up: Tensor,
+def activation_linear(
+    x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu",
+    up: Tensor | None = None,
+    x_bias: Tensor | None = None,
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "gelu",
     backend: str | None = None,
 ) -> Tensor:
-    """(act(gate) * up) @ weight^T + bias: the end of a gated MLP. Gate and up are kept for the gradients, their product
-    is not.
+    """(act(x + x_bias) * up) @ weight^T + bias: the end of an MLP, gated by `up` or not. What the layer takes is not
+    kept for the gradients, but made again from x and up.
 
-    gate, up: (..., N); weight: (M, N); bias: (M,), all of one dtype -> (..., M).
+    x, up: (..., N); x_bias: (N,), of x's dtype or float32; weight: (M, N); bias: (M,), of x's dtype -> (..., M).
     """
-    return _run("gated_linear", backend, arguments.gated_linear(gate, up, weight, bias, activation=activation))
+    args = arguments.activation_linear(x, weight, bias, up=up, x_bias=x_bias, activation=activation)
+    return _run("activation_linear", backend, args)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, backend: str | None = None) -> Tensor:

@@ -178,13 +178,15 @@ def geglu(gate: Tensor, up: Tensor, approximate: str) -> Tensor:
     return (F.gelu(gate.to(acc), approximate=approximate) * up.to(acc)).to(gate.dtype)
 
 
-def gated_linear(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """(act(gate) * up) @ weight^T + bias. gate, up: (..., N); weight: (M, N); bias: (M,) or None."""
-    acc = _accumulation_dtype(gate)
-    gate, up, dtype = gate.to(acc), up.to(acc), gate.dtype
-    approximate = "tanh" if activation == "gelu_tanh" else "none"
-    product = swiglu(gate, up) if activation == "silu" else geglu(gate, up, approximate)
-    return F.linear(product, weight.to(acc), None if bias is None else bias.to(acc)).to(dtype)
+def activation_linear(
+    x: Tensor, x_bias: Tensor | None, up: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    """(act(x + x_bias) * up) @ weight^T + bias. x, up: (..., N); x_bias: (N,); weight: (M, N); bias: (M,)."""
+    acc = _accumulation_dtype(x)
+    h = x.to(acc) if x_bias is None else x.to(acc) + x_bias.to(acc)
+    y = F.silu(h) if activation == "silu" else F.gelu(h, approximate="tanh" if activation == "gelu_tanh" else "none")
+    y = y if up is None else y * up.to(acc)
+    return F.linear(y, weight.to(acc), None if bias is None else bias.to(acc)).to(x.dtype)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:

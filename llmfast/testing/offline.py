@@ -26,12 +26,12 @@ from ..ops import registry
 from ..ops.registry import BACKENDS
 from .accuracy import outputs, upstream
 from .cases import (
+    ActivationLinearCase,
     AttentionCase,
     Case,
     CrossEntropyCase,
     DecodeAttentionCase,
     EmbeddingCase,
-    GatedLinearCase,
     RopeCase,
     RowCase,
     VarlenAttentionCase,
@@ -56,7 +56,8 @@ CASES: list[Case] = [
     *(RowCase(op, 2, cols) for op in ("softmax", "layer_norm") for cols in (64, 768, 4096, 16384, 32768, 65536)),
     *(RowCase(op, 2, cols) for op in ("rms_norm", "add_layer_norm", "add_rms_norm") for cols in (768, 8192, 65536)),
     *(RowCase(op, 2, cols) for op in ("gelu", "bias_gelu", "swiglu", "geglu") for cols in (64, 4096)),
-    GatedLinearCase(2, 4096, 64),
+    ActivationLinearCase(2, 4096, 64),
+    ActivationLinearCase(2, 4096, 64, True, "gelu_tanh", gated=False),
     *(RopeCase(1, 2, 2, d, interleaved) for d in (64, 128) for interleaved in (False, True)),
     *(CrossEntropyCase(2, classes) for classes in (64, 4096, 50304)),
     EmbeddingCase(128, 32, 768),

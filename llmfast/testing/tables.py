@@ -2,12 +2,12 @@
 
 from .cases import (
     ROW_INPUTS,
+    ActivationLinearCase,
     AttentionCase,
     Case,
     CrossEntropyCase,
     DecodeAttentionCase,
     EmbeddingCase,
-    GatedLinearCase,
     LinearCrossEntropyCase,
     RopeCase,
     RowCase,
@@ -117,13 +117,16 @@ TEST_CASES: dict[str, list[Case]] = {
     # A row of one element has a norm whose gradient is a true zero: beside the sum's gradient its rounding would show.
     **{op: _rows(op, *(s for s in _ROW_SHAPES if s[1] > 1 or not op.startswith("add_"))) for op in ROW_INPUTS},
     "cross_entropy": [*(CrossEntropyCase(*shape) for shape in _ROW_SHAPES), *_CROSS_ENTROPY_OPTIONS],
-    "gated_linear": [
-        GatedLinearCase(1, 1, 1),
-        GatedLinearCase(33, 70, 16, bias=True),
-        GatedLinearCase(9, 1030, 33),
-        GatedLinearCase(33, 70, 16, activation="gelu"),
-        GatedLinearCase(33, 70, 16, activation="gelu_tanh"),
-        GatedLinearCase(0, 16, 8, bias=True),
+    "activation_linear": [
+        ActivationLinearCase(1, 1, 1),
+        ActivationLinearCase(33, 70, 16, bias=True),
+        ActivationLinearCase(9, 1030, 33),
+        ActivationLinearCase(33, 70, 16, activation="gelu"),
+        ActivationLinearCase(33, 70, 16, True, "gelu_tanh"),
+        ActivationLinearCase(33, 70, 16, True, "gelu", gated=False),
+        ActivationLinearCase(130, 1030, 16, True, "gelu_tanh", gated=False),
+        ActivationLinearCase(33, 70, 16, activation="silu", gated=False),
+        ActivationLinearCase(0, 16, 8, bias=True),
     ],
     "rope": [RopeCase(*shape, interleaved) for shape in _ROPE_SHAPES for interleaved in (False, True)],
     "linear_cross_entropy": [
@@ -181,7 +184,11 @@ BENCHMARK_CASES: dict[str, list[Case]] = {
     "swiglu": _rows("swiglu", (32768, 3072), (16384, 8192)),
     "geglu": _rows("geglu", (32768, 3072), (16384, 8192)),
     "cross_entropy": [CrossEntropyCase(32768, 4096), CrossEntropyCase(16384, 50304), CrossEntropyCase(4096, 131072)],
-    "gated_linear": [GatedLinearCase(8192, 8192, 2048), GatedLinearCase(16384, 14336, 4096)],
+    "activation_linear": [
+        ActivationLinearCase(65536, 3072, 768, True, "gelu_tanh", gated=False),
+        ActivationLinearCase(8192, 8192, 2048),
+        ActivationLinearCase(16384, 14336, 4096),
+    ],
     "rope": [RopeCase(16, 1024, 12, 64), RopeCase(4, 4096, 16, 128)],
     "linear_cross_entropy": [LinearCrossEntropyCase(32768, 768, 50304), LinearCrossEntropyCase(8192, 4096, 128256)],
     "embedding": [EmbeddingCase(65536, 50304, 768), EmbeddingCase(16384, 128256, 4096), EmbeddingCase(65536, 256, 768)],
@@ -199,7 +206,7 @@ BENCHMARK_CASES: dict[str, list[Case]] = {
 SMALL_CASES: dict[str, Case] = {
     **{op: RowCase(op, 64, 768) for op in ROW_INPUTS},
     "cross_entropy": CrossEntropyCase(64, 768),
-    "gated_linear": GatedLinearCase(64, 768, 256),
+    "activation_linear": ActivationLinearCase(64, 768, 256),
     "rope": RopeCase(1, 64, 12, 64),
     "linear_cross_entropy": LinearCrossEntropyCase(64, 64, 768),
     "embedding": EmbeddingCase(64, 768, 64),
@@ -214,7 +221,7 @@ CPU_BENCHMARK_CASES: dict[str, list[Case]] = {
     "softmax": _rows("softmax", (1024, 768), (256, 50304)),
     **{op: _rows(op, *_CPU_SHAPES) for op in ROW_INPUTS if op != "softmax"},
     "cross_entropy": [CrossEntropyCase(4096, 768), CrossEntropyCase(1024, 4096), CrossEntropyCase(256, 50304)],
-    "gated_linear": [GatedLinearCase(1024, 768, 256)],
+    "activation_linear": [ActivationLinearCase(1024, 768, 256)],
     "rope": [RopeCase(4, 512, 12, 64)],
     "linear_cross_entropy": [LinearCrossEntropyCase(1024, 192, 8192)],
     "embedding": [EmbeddingCase(4096, 8192, 768)],

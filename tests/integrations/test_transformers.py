@@ -118,7 +118,7 @@ def test_training_step_is_the_same(name: str) -> None:
 
 def test_the_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """So many calls of each op as a Llama of two layers has; a fallback would make the tests above pass, too."""
-    expected = {"attention": 2, "decode_attention": 0, "rms_norm": 5, "rope": 4, "gated_linear": 2, "swiglu": 0}
+    expected = {"attention": 2, "decode_attention": 0, "rms_norm": 5, "rope": 4, "activation_linear": 2, "swiglu": 0}
     expected |= {"cross_entropy": 0, "linear_cross_entropy": 0}
     calls = Calls(monkeypatch, *expected)
     x, model = tokens(), make_ours(LLAMA)
@@ -130,7 +130,7 @@ def test_the_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls.counts["cross_entropy"] == 1 and calls.counts["attention"] == 4
     model.eval().generate(x, max_new_tokens=4, do_sample=False)
     assert calls.counts["attention"] == 6 and calls.counts["decode_attention"] == 6
-    assert calls.counts["gated_linear"] == 4 and calls.counts["swiglu"] == 8
+    assert calls.counts["activation_linear"] == 4 and calls.counts["swiglu"] == 8
 
 
 @pytest.mark.parametrize("why", ["frozen", "hook", "subclass"])
@@ -141,7 +141,7 @@ def test_a_layer_that_is_not_plain_is_called(why: str, monkeypatch: pytest.Monke
         def forward(self, input: Tensor) -> Tensor:
             return 2 * super().forward(input)
 
-    calls, ours, theirs = Calls(monkeypatch, "gated_linear"), make_ours(LLAMA), make(LLAMA)
+    calls, ours, theirs = Calls(monkeypatch, "activation_linear"), make_ours(LLAMA), make(LLAMA)
     for model in (ours, theirs):
         for layer in model.model.layers:
             down = layer.mlp.down_proj
@@ -152,7 +152,7 @@ def test_a_layer_that_is_not_plain_is_called(why: str, monkeypatch: pytest.Monke
             else:
                 down.__class__ = Scaled
     assert_same_step(ours, theirs, input_ids=tokens(), labels=tokens())
-    assert calls.counts["gated_linear"] == 0
+    assert calls.counts["activation_linear"] == 0
 
 
 def test_rows_with_positions_of_their_own_rotate_as_transformers_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +271,9 @@ def test_report_and_the_way_back() -> None:
     # Norms, MLPs, rotations, the loss, the model's own forward, attention.
     assert len(report.replaced) == 5 + 2 + 2 + 1 + 1 + 1
     assert report.left == {}
-    assert "5 x LlamaRMSNorm by ops.rms_norm" in str(report) and "2 x LlamaMLP by ops.gated_linear, silu" in str(report)
+    assert "5 x LlamaRMSNorm by ops.rms_norm" in str(report) and "2 x LlamaMLP by ops.activation_linear, silu" in str(
+        report
+    )
     assert "2 x LlamaAttention by ops.rope" in str(report)
     assert isinstance(model, transformers.LlamaForCausalLM)
     report.undo()

@@ -14,11 +14,11 @@ from llmfast.ops import registry
 from llmfast.ops.registry import BACKENDS, REFERENCE
 from llmfast.testing.accuracy import compare, outputs, upstream
 from llmfast.testing.cases import (
+    ActivationLinearCase,
     AttentionCase,
     Case,
     CrossEntropyCase,
     EmbeddingCase,
-    GatedLinearCase,
     LinearCrossEntropyCase,
     RopeCase,
     RowCase,
@@ -86,7 +86,7 @@ ORDINARY: list[Case] = [
     RopeCase(2, 9, 3, 64),
     RopeCase(2, 9, 3, 64, interleaved=True),
     EmbeddingCase(90, 37, 300),
-    GatedLinearCase(37, 300, 40, bias=True),
+    ActivationLinearCase(37, 300, 40, bias=True),
     LinearCrossEntropyCase(90, 30, 37, bias=True),
     AttentionCase(2, 70, 90, 4, 2, 64, causal=True),
 ]

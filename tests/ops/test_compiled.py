@@ -16,12 +16,12 @@ from llmfast.ops import compiled
 from llmfast.ops.registry import BACKENDS
 from llmfast.testing.accuracy import outputs, upstream
 from llmfast.testing.cases import (
+    ActivationLinearCase,
     AttentionCase,
     Case,
     CrossEntropyCase,
     DecodeAttentionCase,
     EmbeddingCase,
-    GatedLinearCase,
     LinearCrossEntropyCase,
     RopeCase,
     RowCase,
@@ -34,7 +34,7 @@ CASES: list[Case] = [
     *(RowCase(op, 9, 40) for op in ("gelu", "bias_gelu", "swiglu", "geglu")),
     CrossEntropyCase(9, 40),
     CrossEntropyCase(9, 40, 0.1, 0.01, "none", 30),
-    GatedLinearCase(9, 40, 24, bias=True),
+    ActivationLinearCase(9, 40, 24, bias=True),
     LinearCrossEntropyCase(9, 40, 24, bias=True),
     RopeCase(2, 5, 2, 16),
     RopeCase(2, 5, 2, 16, interleaved=True),

@@ -75,7 +75,7 @@ def calls(device: str, dtype: torch.dtype = torch.float32) -> dict[str, tuple[An
         "geglu": (t(2, 8), t(2, 8)),
         "add_layer_norm": (t(2, 8), t(2, 8), t(8), t(8)),
         "add_rms_norm": (t(2, 8), t(2, 8), t(8)),
-        "gated_linear": (t(2, 8), t(2, 8), t(3, 8), t(3)),
+        "activation_linear": (t(2, 8), t(3, 8), t(3)),
         "rope": (t(1, 4, 2, 16), t(4, 8).detach(), t(4, 8).detach()),
         "linear_cross_entropy": (t(3, 8), t(5, 8), torch.tensor([0, 4, 2], device=device)),
         "embedding": (t(5, 8), torch.tensor([[0, 4, 0]], device=device)),

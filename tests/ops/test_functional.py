@@ -141,7 +141,10 @@ WRONG: list[tuple[Callable[[], object], str, str]] = [
     (lambda: ops.linear_cross_entropy(t(2, 3), t(4, 3, dtype=HALF), IDS), "linear_cross_entropy: weight ", "float16"),
     (lambda: ops.linear_cross_entropy(t(2, 3), t(4, 3), IDS, z_loss=-1.0), "linear_cross_entropy: z_loss ", "-1.0"),
     (lambda: ops.linear_cross_entropy(t(2, 3), t(4, 3), IDS[:1]), "linear_cross_entropy: x ", "(1,)"),
-    (lambda: ops.gated_linear(t(2, 3), t(2, 3), t(4, 3), activation="relu"), "gated_linear: activation ", "'relu'"),
+    (lambda: ops.activation_linear(t(2, 3), t(4, 3), activation="relu"), "activation_linear: activation ", "'relu'"),
+    (lambda: ops.activation_linear(t(2, 3), t(4, 2)), "activation_linear: x ", "(4, 2)"),
+    (lambda: ops.activation_linear(t(2, 3), t(4, 3), up=t(2, 4)), "activation_linear: x ", "(2, 4)"),
+    (lambda: ops.activation_linear(t(2, 3), t(4, 3), x_bias=t(4)), "activation_linear: x_bias ", "(4,)"),
     (lambda: ops.embedding(t(4), IDS), "embedding: weight ", "(V, D)"),
     (lambda: ops.embedding(IDS, IDS), "embedding: weight ", "torch.int64"),
     (lambda: ops.embedding(t(4, 2), IDS.int()), "embedding: tokens ", "torch.int32 on cpu"),
@@ -193,7 +196,7 @@ SUPPORTED = [
     pytest.param(op, name, dtype, id=f"{op}-{name}-{str(dtype).removeprefix('torch.')}")
     for op in BACKENDS
     # Whose results are of another shape, or none, or have no gradient.
-    if op not in ("adamw", "embedding", "gated_linear", "linear_cross_entropy", "decode_attention")
+    if op not in ("adamw", "embedding", "activation_linear", "linear_cross_entropy", "decode_attention")
     for name, dtypes in [*((row.name, row.dtypes) for row in BACKENDS[op]), ("reference", DTYPES)]
     for dtype in DTYPES
     # Triton's CPU interpreter computes bfloat16 wrongly.

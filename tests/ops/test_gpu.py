@@ -10,11 +10,11 @@ from llmfast.ops.registry import BACKENDS
 from llmfast.testing.accuracy import compare, outputs, upstream
 from llmfast.testing.cases import (
     ROW_INPUTS,
+    ActivationLinearCase,
     AttentionCase,
     Case,
     CrossEntropyCase,
     EmbeddingCase,
-    GatedLinearCase,
     LinearCrossEntropyCase,
     RopeCase,
     RowCase,
@@ -196,7 +196,7 @@ GRAPHED = [
     (AttentionCase(2, 100, 100, 4, 2, 64, True), TRITON),
     (RopeCase(2, 30, 3, 64), TRITON),
     (EmbeddingCase(300, 50, 200), TRITON),
-    (GatedLinearCase(70, 64, 32, bias=True), TRITON),
+    (ActivationLinearCase(70, 64, 32, bias=True), TRITON),
     (LinearCrossEntropyCase(70, 64, 333, bias=True), TRITON),
 ]
 

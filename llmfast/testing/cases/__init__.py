@@ -10,7 +10,7 @@ from .attention import AttentionCase, DecodeAttentionCase, VarlenAttentionCase
 from .base import Result, Work
 from .embeddings import EmbeddingCase, RopeCase
 from .losses import CrossEntropyCase, LinearCrossEntropyCase
-from .rows import ROW_INPUTS, GatedLinearCase, RowCase
+from .rows import ROW_INPUTS, ActivationLinearCase, RowCase
 
 __all__ = [
     "ROW_INPUTS",
@@ -19,7 +19,7 @@ __all__ = [
     "CrossEntropyCase",
     "DecodeAttentionCase",
     "EmbeddingCase",
-    "GatedLinearCase",
+    "ActivationLinearCase",
     "LinearCrossEntropyCase",
     "Result",
     "RopeCase",
@@ -31,7 +31,7 @@ __all__ = [
 
 Case = (
     RowCase
-    | GatedLinearCase
+    | ActivationLinearCase
     | CrossEntropyCase
     | LinearCrossEntropyCase
     | RopeCase

@@ -98,19 +98,25 @@ class RowCase(Defaults):
 
 
 @dataclass(frozen=True)
-class GatedLinearCase(Defaults):
-    """act(gate) * up of (rows, cols) through a layer to (rows, width)."""
+class ActivationLinearCase(Defaults):
+    """act(x) * up of (rows, cols) through a layer to (rows, width)."""
 
     rows: int
     cols: int
     width: int
     bias: bool = False
     activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
-    op: str = "gated_linear"
+    gated: bool = True
+    op: str = "activation_linear"
 
     @property
     def label(self) -> str:
-        return f"{self.rows}x{self.cols}x{self.width} {self.activation}" + " bias" * self.bias
+        return f"{self.rows}x{self.cols}x{self.width} {self.activation}" + " gated" * self.gated + " bias" * self.bias
+
+    @property
+    def plain(self) -> bool:
+        """Whether the C++ can: of silu only what models have."""
+        return self.activation != "silu" or (self.gated and not self.bias)
 
     @property
     def output(self) -> tuple[int, ...]:
@@ -118,18 +124,22 @@ class GatedLinearCase(Defaults):
 
     @property
     def inputs(self) -> dict[str, tuple[int, ...]]:
-        rows, weight = (self.rows, self.cols), (self.width, self.cols)
-        return {"gate": rows, "up": rows, "weight": weight} | ({"bias": (self.width,)} if self.bias else {})
+        rows = self.rows, self.cols
+        shapes = {"x": rows, "up": rows, "x_bias": rows[1:], "weight": (self.width, self.cols), "bias": (self.width,)}
+        wanted = {"x", "weight"} | ({"up"} if self.gated else set()) | ({"bias", "x_bias"} if self.bias else set())
+        return {name: shape for name, shape in shapes.items() if name in wanted}
 
     def ours(self, *tensors: Tensor, backend: str) -> Tensor:
-        return ops.gated_linear(*tensors, activation=self.activation, backend=backend)
+        named = dict(zip(self.inputs, tensors, strict=True))
+        return ops.activation_linear(**named, activation=self.activation, backend=backend)
 
     def torch(self, *tensors: Tensor) -> Tensor:
         """PyTorch's own functions one after another, at the tensors' dtype."""
-        gate, up, *layer = tensors
+        named = dict(zip(self.inputs, tensors, strict=True))
+        h = named["x"] + named["x_bias"] if self.bias else named["x"]
         approximate = "tanh" if self.activation == "gelu_tanh" else "none"
-        act = F.silu(gate) if self.activation == "silu" else F.gelu(gate, approximate=approximate)
-        return F.linear(act * up, *layer)
+        y = F.silu(h) if self.activation == "silu" else F.gelu(h, approximate=approximate)
+        return F.linear(y * named["up"] if self.gated else y, named["weight"], named.get("bias"))
 
     def work(self, direction: str, itemsize: int) -> Work:
         """Matrix products: one forward, two backward."""
