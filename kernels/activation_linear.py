@@ -12,14 +12,15 @@ from .activation import activation_bwd_with_result, activation_fwd
 
 def activation_linear_fwd(
     x: Tensor, x_bias: Tensor | None, up: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str
-) -> Tensor:
-    """x, up: (..., N); x_bias: (N,); weight: (M, N); bias: (M,) -> (..., M)."""
-    return torch.nn.functional.linear(activation_fwd(x, x_bias, up, activation), weight, bias)
+) -> tuple[Tensor, None]:
+    """x, up: (..., N); x_bias: (N,); weight: (M, N); bias: (M,) -> (..., M), and nothing to keep."""
+    return torch.nn.functional.linear(activation_fwd(x, x_bias, up, activation), weight, bias), None
 
 
 def activation_linear_bwd(
-    dout: Tensor, x: Tensor, x_bias: Tensor | None, up: Tensor | None, weight: Tensor, has_bias: bool, activation: str
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
+    dout: Tensor, x: Tensor, x_bias: Tensor | None, up: Tensor | None, weight: Tensor, kept: None, has_bias: bool,
+    activation: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
     """dout: (..., M) -> dx (..., N), dx_bias (N,) float32, dup (..., N); dweight (M, N), dbias (M,), in weight's dtype;
     None where there is no such tensor."""
     rows = dout.reshape(-1, weight.shape[0])

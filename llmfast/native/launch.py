@@ -136,15 +136,18 @@ def swiglu_limits(gate: Tensor, up: Tensor) -> str | None:
 
 def activation_linear_fwd(
     x: Tensor, x_bias: Tensor | None, up: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str
-) -> Tensor:
-    """x, up: (..., N); x_bias: (N,); weight: (M, N); bias: (M,) -> F.linear(act(x + x_bias) * up, weight, bias)."""
-    return torch.nn.functional.linear(_activation(x, x_bias, up, activation), weight, bias)
+) -> tuple[Tensor, Tensor]:
+    """x, up: (..., N); x_bias: (N,); weight: (M, N); bias: (M,) -> F.linear(y, weight, bias), y = act(x + x_bias) * up,
+    which is kept: a CPU has memory for it, and 5 % of a training step went into making it again."""
+    y = _activation(x, x_bias, up, activation)
+    return torch.nn.functional.linear(y, weight, bias), y
 
 
 def activation_linear_bwd(
-    dout: Tensor, x: Tensor, x_bias: Tensor | None, up: Tensor | None, weight: Tensor, has_bias: bool, activation: str
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
-    """-> dx, dx_bias, dup, dweight and dbias, or None. The layer's input, which was not kept, is made once more."""
+    dout: Tensor, x: Tensor, x_bias: Tensor | None, up: Tensor | None, weight: Tensor, kept: Tensor, has_bias: bool,
+    activation: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
+    """-> dx, dx_bias, dup, dweight and dbias, or None."""
     rows = dout.reshape(-1, weight.shape[0])
     dy = (rows @ weight).view(x.shape)
     dx_bias = dup = None
@@ -156,8 +159,7 @@ def activation_linear_bwd(
             dup = dy * _activation(x, x_bias, None, activation)
             dy = dy * up
         dx, dx_bias = bias_gelu_bwd(dy, x, x_bias, _APPROXIMATE[activation])
-    y = _activation(x, x_bias, up, activation)
-    return dx, dx_bias, dup, rows.t() @ y.view(-1, weight.shape[1]), rows.sum(0) if has_bias else None
+    return dx, dx_bias, dup, rows.t() @ kept.view(-1, weight.shape[1]), rows.sum(0) if has_bias else None
 
 
 def activation_linear_limits(

@@ -170,8 +170,9 @@ class ActivationLinear(torch.autograd.Function):
         activation: str,
     ) -> Tensor:
         ctx.kernels, ctx.options = kernels, (bias is not None, activation)
-        ctx.save_for_backward(x, x_bias, up, weight)
-        return kernels.activation_linear_fwd(x, x_bias, up, weight, bias, activation)
+        out, kept = kernels.activation_linear_fwd(x, x_bias, up, weight, bias, activation)
+        ctx.save_for_backward(x, x_bias, up, weight, kept)
+        return out
 
     @staticmethod
     @once_differentiable

@@ -21,6 +21,7 @@ NAMESPACE = "llmfast_triton"
 _SCHEMA_TYPES = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
+    None: "Tensor?",
     bool: "bool",
     int: "int",
     int | None: "int?",
@@ -115,8 +116,8 @@ _RESULTS: dict[str, Callable[..., Any]] = {
     "swiglu_bwd": lambda dy, gate, up: (_like(gate), _like(up)),
     "geglu_fwd": lambda gate, *_: _like(gate),
     "geglu_bwd": lambda dy, gate, up, *_: (_like(gate), _like(up)),
-    "activation_linear_fwd": lambda x, x_bias, up, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])),
-    "activation_linear_bwd": lambda dout, x, x_bias, up, weight, has_bias, activation: (
+    "activation_linear_fwd": lambda x, x_bias, up, weight, *_: (x.new_empty((*x.shape[:-1], weight.shape[0])), None),
+    "activation_linear_bwd": lambda dout, x, x_bias, up, weight, kept, has_bias, activation: (
         *(_like(x), *_sums(x, x_bias is not None), None if up is None else _like(up), _like(weight)),
         weight.new_empty(weight.shape[0]) if has_bias else None,
     ),
