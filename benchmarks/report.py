@@ -29,6 +29,12 @@ def line(head: str, cells: list[str]) -> str:
     return f"| {head} | {' | '.join(cells)} |"
 
 
+JOBS = (
+    "Whole jobs: a training step of GPT-2 beside the same step in plain PyTorch under torch.compile, and a Llama of"
+    " transformers that trains and generates with and without our kernels. Ratios are of speed, above 1 where ours is"
+    " faster, and of peak memory, below 1 where ours takes less."
+)
+
 Ratios = dict[str, list[float]]
 
 
@@ -118,6 +124,47 @@ def curves(record: dict[str, Any]) -> list[str]:
     return [*lines, "", f"Ours less plain: {between:+.4f} on average; standard deviation over seeds: {seeds:.4f}."]
 
 
+def hugging_face(record: dict[str, Any]) -> list[str]:
+    """A model of transformers trained and generating, alone and over the kernels of others."""
+    runs = [run for run in record["runs"] if "error" not in run]
+    alone = runs[0]["training"]["ms"]
+    heads = ["training ms", "ratio", "tokens/s", "peak GB", "ms to first token", "ms a token", "peak GB"]
+    lines = [line("", heads), f"|---|{'---:|' * len(heads)}"]
+    for run in runs:
+        training, made = run["training"], run["generating"]
+        step = [f"{training['ms']:.1f}", f"{alone / training['ms']:.2f}", f"{training['tokens_per_s']:,.0f}"]
+        waits = [f"{made['ms_to_first_token']:.1f}", f"{made['ms_per_token']:.2f}"]
+        peaks = [f"{part['peak_bytes'] / 1e9:.1f}" for part in (training, made)]
+        lines.append(line(run["name"], [*step, peaks[0], *waits, peaks[1]]))
+    return lines
+
+
+def jobs(stem: str, record: dict[str, Any]) -> list[str]:
+    """The file's lines of the table of whole jobs: tokens a second and peak memory, ours beside each peer's."""
+    size = f"{record.get('batch_size')} x {record.get('context')} tokens"
+    if stem.startswith("step-"):
+        tokens = record["batch_size"] * record["context"]
+        order, parts = ["llmfast", "torch.compile"], {"step": f"{record['model']} trains, {size}"}
+        runs = {r["name"]: {"step": r | {"tokens_per_s": tokens / r["ms"] * 1e3}} for r in record["runs"]}
+    elif stem == "hugging_face":
+        order = ["llmfast, no logits", "transformers", "Liger"]
+        parts = {
+            "training": f"{record['model']} trains, {size}",
+            "generating": f"{record['model']} generates, {record['rows']} rows after {record['prompt']} tokens",
+        }
+        runs = {run["name"]: run for run in record["runs"] if "error" not in run}
+    else:
+        return []
+    lines = []
+    for part, what in parts.items():
+        mine, *peers = ((name, runs[name][part]) for name in order if name in runs)
+        for name, peer in peers:
+            speeds, memory = (mine[1]["tokens_per_s"], peer["tokens_per_s"]), mine[1]["peak_bytes"] / peer["peak_bytes"]
+            figures = [*(f"{speed:,.0f}" for speed in speeds), f"{speeds[0] / speeds[1]:.2f}", f"{memory:.2f}"]
+            lines.append(line(f"{what}, {record['device']['name']}, beside {name}", figures))
+    return lines
+
+
 def special(stem: str, record: dict[str, Any]) -> tuple[str, list[str]] | None:
     """The fold of a file that holds something else than kernels' rows: what it shows, and the table."""
     on = f"{record['dtype']}, {record['device']['name']}"
@@ -127,6 +174,11 @@ def special(stem: str, record: dict[str, Any]) -> tuple[str, list[str]] | None:
     size = f"{record.get('batch_size')} x {record.get('context')} tokens"
     if stem.startswith("step-"):
         return f"a training step of {record['model']}, {size}, {on}", steps(record)
+    if stem == "hugging_face":
+        model = f"{record['model']} of transformers {record['transformers']}"
+        return f"{model}: training, {size}, and generating {record['rows']} rows after {record['prompt']}, {on}", (
+            hugging_face(record)
+        )
     if stem.startswith("curves-"):
         what = f"mean loss of the last {record['last']} of {record['steps']} steps"
         return f"{what}, {record['preset']}, {size}, {on}", curves(record)
@@ -137,6 +189,7 @@ def report() -> str:
     """The main job, a summary with a line for each machine and op, and every case behind a fold."""
     folders = sorted((ROOT / "benchmarks/results").iterdir())
     summary = [line("", ["forward", "worst", "backward", "worst"]), "|---|---:|---:|---:|---:|"]
+    whole = [line("tokens a second", ["ours", "peer", "ratio", "memory"]), "|---|---:|---:|---:|---:|"]
     details: list[str] = []
     for folder in folders:
         for path in sorted(folder.glob("*.json")):
@@ -145,6 +198,7 @@ def report() -> str:
             record = json.loads(path.read_text())
             versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items() if v)
             made = f"{versions}, {record['date'][:10]}, commit {record['commit']}."
+            whole += jobs(path.stem, record)
             if other := special(path.stem, record):
                 details += fold(other[0], made, other[1])
                 continue
@@ -159,7 +213,7 @@ def report() -> str:
                 f" {ceiling['flops'] / 1e12:.1f} TFLOP/s."
             )
             details += fold(f"{name}: {unit}, forward / backward", measured, lines)
-    return "\n".join([*main_job(folders), KERNELS, "", *summary, "", *details])
+    return "\n".join([*main_job(folders), JOBS, "", *whole, "", KERNELS, "", *summary, "", *details])
 
 
 def main() -> int:
