@@ -8,7 +8,7 @@ is the old class.
 import functools
 import re
 from collections.abc import Callable
-from types import FunctionType
+from types import CellType, FunctionType
 from typing import Any, Literal
 
 import torch
@@ -90,13 +90,27 @@ ROTATION = "apply_rotary_pos_emb"
 
 
 def rotary_attention(base: type[nn.Module]) -> Forward:
-    """The same code, for which the name `apply_rotary_pos_emb` means ops.rope."""
-    own: Any = base.forward
-    names = {**own.__globals__, ROTATION: _rotation(own.__globals__[ROTATION])}
-    del names["__name__"]  # or a compiler would look them up in that module
-    forward = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
+    """The same code, for which the name `apply_rotary_pos_emb` means ops.rope, inside the same decorators."""
+    return _rotating(base.forward)
+
+
+def _rotating(own: Any) -> Any:
+    names, cells, inner = own.__globals__, own.__closure__, _decorated(own)
+    if inner is None:
+        names = {**names, ROTATION: _rotation(names[ROTATION])}
+        del names["__name__"]  # or a compiler would look them up in that module
+    else:
+        cells = tuple(CellType(_rotating(inner)) if cell.cell_contents is inner else cell for cell in cells)
+    forward = FunctionType(own.__code__, names, own.__name__, own.__defaults__, cells)
     forward.__kwdefaults__ = own.__kwdefaults__
     return forward
+
+
+def _decorated(function: Any) -> Any:
+    """The function that a decorator is around, such as that of transformers 5.24 that renames arguments, else None."""
+    inner = getattr(function, "__wrapped__", None)
+    held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    return inner if any(value is inner for value in held) else None
 
 
 def _rotation(theirs: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -182,7 +196,10 @@ def _gated(module: Any) -> Twin | str:
 
 
 def _rotary(module: nn.Module) -> Twin | str:
-    code = getattr(type(module).forward, "__code__", None)
+    forward: Any = type(module).forward
+    while (inner := _decorated(forward)) is not None:
+        forward = inner
+    code = getattr(forward, "__code__", None)
     if code is None or ROTATION not in code.co_names:
         return f"its forward does not call {ROTATION}"
     return "ops.rope", rotary_attention

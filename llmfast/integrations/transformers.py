@@ -27,20 +27,22 @@ from . import modules
 NAME = "llmfast"
 
 
-def mask(
-    *, q_length: int, q_offset: int | Tensor = 0, attention_mask: Tensor | None = None, **options: Any
-) -> Tensor | None:
+def mask(*, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
     """None where plain causal attention gives every token what it should have, else transformers' boolean mask.
 
     That is so of batches padded on the right as well: no token sees the padding behind it. What padding itself gets
     is then another value than with "sdpa", which nothing may use. Values of masks are not looked at under a compiler.
     """
+    positions = options.get("cache_position")  # of the queries, in transformers 5.3; later their number and the first
+    if positions is None:
+        length, first = options["q_length"], options.get("q_offset", 0)
+    else:
+        length, first = positions.shape[0], positions[0]
     plain_causal = options.get("allow_is_causal_skip", True) and not torch.compiler.is_compiling()
-    if plain_causal and attention_mask is not None and attention_mask.shape[-1] == q_length and q_offset == 0:
+    if plain_causal and attention_mask is not None and attention_mask.shape[-1] == length and first == 0:
         if not (attention_mask[:, 1:] & ~attention_mask[:, :-1]).any():
             attention_mask = None
-    options |= {"q_offset": q_offset, "attention_mask": attention_mask}
-    return sdpa_mask(q_length=q_length, **options)
+    return sdpa_mask(attention_mask=attention_mask, **options)
 
 
 def attention_forward(
@@ -82,7 +84,7 @@ def _why_not(attention_mask: Tensor | None, dropout: float, options: dict[str, A
         )
     if dropout > 0.0:
         return "dropout is not 0"
-    return next((f"{name} is given" for name in ("position_bias", "cache") if options.get(name) is not None), None)
+    return "position_bias is given" if options.get("position_bias") is not None else None
 
 
 AttentionInterface.register(NAME, attention_forward)
@@ -144,12 +146,9 @@ def without_logits(base: type[nn.Module]) -> modules.Forward:
         reduction = "mean" if items is None else "sum"
         bias = self.lm_head.bias
         loss = ops.linear_cross_entropy(x, weight, targets, bias, ignore_index=ignored, reduction=reduction)
-        return CausalLMOutputWithPast(
-            loss=_per_item(loss, items),
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        # The cache, if any, under the name that it has: "cache" since transformers 5.24, "past_key_values" before.
+        others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return CausalLMOutputWithPast(loss=_per_item(loss, items), **others)
 
     return forward
 

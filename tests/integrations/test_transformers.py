@@ -1,6 +1,7 @@
 """Models of transformers compute, train and generate the same over our kernels, in float32 on the CPU."""
 
 import copy
+import inspect
 import warnings
 from typing import Any
 
@@ -30,10 +31,13 @@ CONFIGS: dict[str, Any] = {
         **SIZE, head_dim=16, sliding_window=5, layer_types=["sliding_attention", "full_attention"]
     ),
     "gpt2": lambda: transformers.GPT2Config(
-        vocab_size=97, n_embd=48, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0
+        vocab_size=97, n_embd=48, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0
     ),
 }
 LLAMA = "llama"
+# Since transformers 5.24, and before.
+CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaModel.forward).parameters else "past_key_values"
+CHECKPOINTING = "activation" if hasattr(transformers.LlamaModel, "activation_checkpointing_enable") else "gradient"
 each_model = pytest.mark.parametrize("name", CONFIGS)
 
 
@@ -133,6 +137,12 @@ def test_the_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls.counts["activation_linear"] == 4 and calls.counts["swiglu"] == 8
 
 
+@each_model
+def test_nothing_of_these_is_left(name: str) -> None:
+    """The tables are by names in transformers, which may change them."""
+    assert fast.accelerate(make(name)).left == {}
+
+
 @pytest.mark.parametrize("why", ["frozen", "hook", "subclass"])
 def test_a_layer_that_is_not_plain_is_called(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And trains the same; whatever else it does is not skipped."""
@@ -206,7 +216,7 @@ def test_several_tokens_after_a_cache_see_it() -> None:
     results = []
     for model in (make_ours(LLAMA), make(LLAMA)):
         first = model(input_ids=x[:, :7], use_cache=True)
-        results.append(model(input_ids=x[:, 7:], past_key_values=first.past_key_values).logits)
+        results.append(model(input_ids=x[:, 7:], **{CACHE: first[CACHE]}).logits)
     assert_equal(*results)
 
 
@@ -261,6 +271,15 @@ def test_the_loss_without_logits_is_the_same(items: int | None) -> None:
     assert isinstance(ours.train()(input_ids=x, labels=x, return_dict=False), tuple)
 
 
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_the_output_without_logits_has_the_rest(use_cache: bool) -> None:
+    options = {"input_ids": tokens(), "labels": tokens(), "use_cache": use_cache, "output_hidden_states": True}
+    ours, theirs = make_ours(LLAMA, skip_logits=True)(**options), make(LLAMA)(**options)
+    assert [name for name in theirs if name != "logits"] == list(ours) and (CACHE in ours) is use_cache
+    for our_states, states in zip(ours.hidden_states, theirs.hidden_states, strict=True):
+        assert_equal(our_states, states)
+
+
 def test_report_and_the_way_back() -> None:
     model = make(LLAMA)
     keys, classes = list(model.state_dict()), [type(m) for m in model.modules()]
@@ -310,7 +329,7 @@ def test_a_copy_is_independent() -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(reentrant: bool) -> None:
     x, ours = tokens(), make_ours(LLAMA)
-    ours.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    getattr(ours, f"{CHECKPOINTING}_checkpointing_enable")({"use_reentrant": reentrant})
     assert_same_step(ours, make(LLAMA), input_ids=x, labels=x)
 
 
