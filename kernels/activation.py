@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import as_rows, exponential, multiprocessors
+from ._sums import sum_partials
 
 MAX_BLOCK = 1024  # columns of a tile
 # Elements of it, for 4 warps: 16 a thread are two 16-byte vectors of 16-bit values. Where a program walks tiles to sum
@@ -169,7 +170,11 @@ def _backward(
         dy_rows.stride(0), rows.stride(0), up_rows.stride(0), n_rows, n_cols,
         KIND=kind, HAS_BIAS=bias is not None, GATED=up is not None, RESULT=result is not None, **tile,
     )  # fmt: skip
-    return dx, dup, None if partial is None else partial.sum(0)
+    if partial is None:
+        return dx, dup, None
+    dbias = torch.empty((n_cols,), dtype=torch.float32, device=x.device)
+    sum_partials(partial[None], [dbias])
+    return dx, dup, dbias
 
 
 def _rows(x: Tensor) -> Tensor:

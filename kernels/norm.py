@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import architecture, as_rows, multiprocessors
+from ._common import as_rows, multiprocessors
+from ._sums import sum_partials
 
 # Up to this row length the forward kernel reads a row once, into registers.
 SHORT_ROW: tl.constexpr = tl.constexpr(1024)
@@ -179,26 +180,6 @@ def _norm_bwd_row_sums_kernel(
         tl.store(Shift + row, tl.sum(sums, 0) / N)
 
 
-@triton.jit
-def _sum_partials_kernel(
-    Partials, First, Second, n_partials, N, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
-):
-    """First, Second: (N,), the sums of Partials: (k, n_partials, N), k = 1 or 2 = num_programs(1)."""
-    Partials += tl.program_id(1).to(tl.int64) * n_partials * N
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(0, n_partials, ROWS):
-        row = start + tl.arange(0, ROWS)[:, None]
-        inside = (row < n_partials) & (column[None, :] < N)
-        total += tl.load(Partials + row * N + column[None, :], mask=inside, other=0.0)
-    if tl.program_id(1) == 0:
-        tl.store(First + column, tl.sum(total, 0), mask=column < N)
-    else:
-        tl.store(Second + column, tl.sum(total, 0), mask=column < N)
-
-
 def _forward_tile(n_cols: int, rms: bool, has_residual: bool) -> Tile:
     """Short rows whole, 32 elements a lane; of others as many pieces as were measured fastest, or as divide the row
     evenly. Layer norm, whose two sums along a row wait for each other, needs more programs at once, of fewer warps;
@@ -286,19 +267,7 @@ def _backward(
         ROWS=tile.rows, BLOCK=tile.block, STAGES=stages, num_warps=tile.warps,
     )  # fmt: skip
     if n_sums:
-        early = architecture() >= 90  # launched before its predecessor has ended, which it then waits for
-        _sum_partials_kernel[(triton.cdiv(n_cols, 16), n_sums)](
-            partials,
-            sums[0],
-            sums[-1],
-            n_partials,
-            n_cols,
-            ROWS=512,
-            BLOCK=16,
-            EARLY=early,
-            num_warps=8,
-            launch_pdl=early,
-        )
+        sum_partials(partials, sums)
     return gradients
 
 

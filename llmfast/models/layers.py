@@ -18,8 +18,8 @@ class Linear(nn.Linear):
     """nn.Linear that computes in its input's dtype."""
 
     def forward(self, input: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(input.dtype)
-        return F.linear(input, self.weight.to(input.dtype), bias)
+        weight = self.weight.to(input.dtype)
+        return F.linear(input, weight) if self.bias is None else ops.linear(input, weight, _parameter(self.bias, input))
 
 
 class Norm(nn.Module):
@@ -116,7 +116,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         activation: Any = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}.get(self.kind, self.kind)
-        down = self.down.weight.to(x.dtype), None if self.down.bias is None else self.down.bias.to(x.dtype)
+        down = self.down.weight.to(x.dtype), _parameter(self.down.bias, x)
         if self.kind in ("gelu", "gelu_tanh"):
             h, bias = F.linear(x, self.up.weight.to(x.dtype)), _parameter(self.up.bias, x)
             return ops.activation_linear(h, *down, x_bias=bias, activation=activation)

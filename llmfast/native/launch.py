@@ -140,7 +140,7 @@ def activation_linear_fwd(
     """x, up: (..., N); x_bias: (N,); weight: (M, N); bias: (M,) -> F.linear(y, weight, bias), y = act(x + x_bias) * up,
     which is kept: a CPU has memory for it, and 5 % of a training step went into making it again."""
     y = _activation(x, x_bias, up, activation)
-    return torch.nn.functional.linear(y, weight, bias), y
+    return torch.nn.functional.linear(y, weight, None if bias is None else bias.to(y.dtype)), y
 
 
 def activation_linear_bwd(

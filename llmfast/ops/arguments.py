@@ -255,7 +255,8 @@ def geglu(gate: Tensor, up: Tensor, *, approximate: str = "tanh") -> tuple[Any, 
 
 
 def _check_linear(op: str, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """weight is (M, N) and bias (M,) or None for x of (..., N), all of one dtype; `name` is what x is called."""
+    """weight is (M, N) and bias (M,) or None for x of (..., N), of one dtype, which for the bias may be float32, too;
+    `name` is what x is called."""
     layer = {"weight": weight} | ({} if bias is None else {"bias": bias})
     _check_float(op, **{name: x}, **layer)
     if x.dim() == 0 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
@@ -264,8 +265,13 @@ def _check_linear(op: str, name: str, x: Tensor, weight: Tensor, bias: Tensor | 
     if bias is not None and bias.shape != weight.shape[:1]:
         raise InputError(f"{op}: bias has shape {tuple(bias.shape)}; it must be ({weight.shape[0]},), as weight's rows")
     for other, t in layer.items():
-        if t.dtype is not x.dtype:
+        if t.dtype is not x.dtype and (t is weight or t.dtype is not torch.float32):
             raise InputError(f"{op}: {other} has dtype {t.dtype} but {name} {x.dtype}; cast them to one dtype")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Any, ...]:
+    _check_linear("linear", "x", x, weight, bias)
+    return x, weight, bias
 
 
 def activation_linear(
@@ -421,6 +427,7 @@ ARGUMENTS = {
     "bias_gelu": bias_gelu,
     "swiglu": swiglu,
     "geglu": geglu,
+    "linear": linear,
     "activation_linear": activation_linear,
     "rope": rope,
     "cross_entropy": cross_entropy,

@@ -157,6 +157,20 @@ class GEGLU(torch.autograd.Function):
         return None, *ctx.kernels.geglu_bwd(grad_outputs[0], *ctx.saved_tensors, ctx.approximate), None
 
 
+class Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kernels: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not isinstance(ctx, _NoContext):
+            ctx.kernels = kernels
+            ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, weight)
+        return kernels.linear_fwd(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, *ctx.kernels.linear_bwd(grad_outputs[0], *ctx.saved_tensors, ctx.needs_input_grad[1:])
+
+
 class ActivationLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -217,7 +231,8 @@ class CrossEntropy(torch.autograd.Function):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Gradients are made with the loss, while a chunk's logits are there, and scaled in the backward pass."""
+    """Gradients of the losses' sum are made with the loss, while a chunk's logits are there, and scaled in the backward
+    pass."""
 
     @staticmethod
     def forward(
@@ -232,16 +247,20 @@ class LinearCrossEntropy(torch.autograd.Function):
         if isinstance(ctx, _NoContext):
             return kernels.linear_cross_entropy_fwd(x, weight, targets, bias, *options)
         needs = tuple(ctx.needs_input_grad[i] for i in (1, 2, 4))
-        loss, *gradients = kernels.linear_cross_entropy_gradients(x, weight, targets, bias, *options, needs)
-        ctx.kernels, ctx.n_options = kernels, len(options)
+        loss, *saved = kernels.linear_cross_entropy_gradients(x, weight, targets, bias, *options, needs)
+        ctx.kernels, ctx.n_options, ctx.reduction = kernels, len(options), options[-1]
         ctx.dtypes = [x.dtype, weight.dtype, x.dtype if bias is None else bias.dtype]
-        ctx.save_for_backward(*gradients)
+        ctx.save_for_backward(*saved)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        dx, dw, db = ctx.kernels.linear_cross_entropy_bwd(grad_outputs[0], ctx.saved_tensors, ctx.dtypes)
+        count, *gradients = ctx.saved_tensors
+        dx, dw, db = (
+            g if g is None else ctx.kernels.linear_cross_entropy_bwd(grad_outputs[0], count, g, ctx.reduction, dtype)
+            for g, dtype in zip(gradients, ctx.dtypes, strict=True)
+        )
         return None, dx, dw, None, db, *[None] * ctx.n_options
 
 
@@ -340,6 +359,7 @@ FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
     "bias_gelu": BiasGELU,
     "swiglu": SwiGLU,
     "geglu": GEGLU,
+    "linear": Linear,
     "activation_linear": ActivationLinear,
     "rope": RoPE,
     "cross_entropy": CrossEntropy,

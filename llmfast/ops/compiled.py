@@ -27,6 +27,7 @@ _SCHEMA_TYPES = {
     int | None: "int?",
     float: "float",
     str: "str",
+    torch.dtype: "ScalarType",
     tuple[bool, bool, bool]: "bool[3]",
 }
 
@@ -119,7 +120,13 @@ _RESULTS: dict[str, Callable[..., Any]] = {
     "activation_linear_fwd": lambda x, x_bias, up, weight, *_: (x.new_empty((*x.shape[:-1], weight.shape[0])), None),
     "activation_linear_bwd": lambda dout, x, x_bias, up, weight, kept, has_bias, activation: (
         *(_like(x), *_sums(x, x_bias is not None), None if up is None else _like(up), _like(weight)),
-        weight.new_empty(weight.shape[0]) if has_bias else None,
+        _float(weight, weight.shape[0]) if has_bias else None,
+    ),
+    "linear_fwd": lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    "linear_bwd": lambda dout, x, weight, needs: (
+        dout.new_empty((*dout.shape[:-1], weight.shape[1])) if needs[0] else None,
+        _like(weight) if needs[1] else None,
+        _float(weight, weight.shape[0]) if needs[2] else None,
     ),
     "rope_fwd": lambda x, *_: _like(x),
     "rope_bwd": lambda dy, *_: _like(dy),
@@ -132,9 +139,13 @@ _RESULTS: dict[str, Callable[..., Any]] = {
     "linear_cross_entropy_fwd": lambda x, *_: _float(x),
     "linear_cross_entropy_gradients": lambda x, weight, targets, bias, *options: (
         _float(x),
+        _float(x),
         _like(x) if options[-1][0] else None,
         _float(x, *weight.shape) if options[-1][1] else None,
         _float(x, weight.shape[0]) if options[-1][2] else None,
+    ),
+    "linear_cross_entropy_bwd": lambda grad, count, gradient, reduction, dtype: gradient.new_empty(
+        gradient.shape, dtype=dtype
     ),
     "embedding_bwd": lambda dy, weight, *_: _like(weight),
     "attention_fwd": lambda q, *_: (_like(q), _float(q, 2, q.shape[0], q.shape[2], q.shape[1])),

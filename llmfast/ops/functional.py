@@ -199,6 +199,11 @@ def geglu(
     return _run("geglu", backend, arguments.geglu(gate, up, approximate=approximate))
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """x @ weight^T + bias. x: (..., N); weight: (M, N); bias: (M,), of x's dtype or float32 -> (..., M)."""
+    return _run("linear", backend, arguments.linear(x, weight, bias))
+
+
 def activation_linear(
     x: Tensor,
     weight: Tensor,
@@ -212,7 +217,8 @@ def activation_linear(
     """(act(x + x_bias) * up) @ weight^T + bias: the end of an MLP, gated by `up` or not. What the layer takes is not
     kept for the gradients, but made again from x and up.
 
-    x, up: (..., N); x_bias: (N,), of x's dtype or float32; weight: (M, N); bias: (M,), of x's dtype -> (..., M).
+    x, up: (..., N); x_bias: (N,), of x's dtype or float32; weight: (M, N); bias: (M,), of x's dtype or
+    float32 -> (..., M).
     """
     args = arguments.activation_linear(x, weight, bias, up=up, x_bias=x_bias, activation=activation)
     return _run("activation_linear", backend, args)

@@ -178,6 +178,11 @@ def geglu(gate: Tensor, up: Tensor, approximate: str) -> Tensor:
     return (F.gelu(gate.to(acc), approximate=approximate) * up.to(acc)).to(gate.dtype)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight^T + bias. x: (..., N); weight: (M, N); bias: (M,). PyTorch's product of 16 bits sums in float32."""
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
 def activation_linear(
     x: Tensor, x_bias: Tensor | None, up: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str
 ) -> Tensor:

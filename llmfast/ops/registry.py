@@ -67,6 +67,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "bias_gelu": (_triton("activation"), _CUDA, _CPP),
     "swiglu": (_triton("activation"), _CPP),
     "geglu": (_triton("activation"),),
+    "linear": (_triton("linear"),),
     "activation_linear": (_triton("activation_linear"), _CPP),
     "rope": (_triton("rope"), _CPP),
     "cross_entropy": (_triton("cross_entropy"), _CUDA, _CPP),

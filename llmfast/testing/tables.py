@@ -8,6 +8,7 @@ from .cases import (
     CrossEntropyCase,
     DecodeAttentionCase,
     EmbeddingCase,
+    LinearCase,
     LinearCrossEntropyCase,
     RopeCase,
     RowCase,
@@ -117,6 +118,13 @@ TEST_CASES: dict[str, list[Case]] = {
     # A row of one element has a norm whose gradient is a true zero: beside the sum's gradient its rounding would show.
     **{op: _rows(op, *(s for s in _ROW_SHAPES if s[1] > 1 or not op.startswith("add_"))) for op in ROW_INPUTS},
     "cross_entropy": [*(CrossEntropyCase(*shape) for shape in _ROW_SHAPES), *_CROSS_ENTROPY_OPTIONS],
+    "linear": [
+        LinearCase(1, 1, 1),
+        LinearCase(33, 70, 300),
+        LinearCase(1000, 16, 33),
+        LinearCase(9, 20, 5, bias=False),
+        LinearCase(0, 16, 8),
+    ],
     "activation_linear": [
         ActivationLinearCase(1, 1, 1),
         ActivationLinearCase(33, 70, 16, bias=True),
@@ -184,6 +192,7 @@ BENCHMARK_CASES: dict[str, list[Case]] = {
     "swiglu": _rows("swiglu", (32768, 3072), (16384, 8192)),
     "geglu": _rows("geglu", (32768, 3072), (16384, 8192)),
     "cross_entropy": [CrossEntropyCase(32768, 4096), CrossEntropyCase(16384, 50304), CrossEntropyCase(4096, 131072)],
+    "linear": [LinearCase(65536, 768, 2304), LinearCase(65536, 768, 768)],
     "activation_linear": [
         ActivationLinearCase(65536, 3072, 768, True, "gelu_tanh", gated=False),
         ActivationLinearCase(8192, 8192, 2048),
@@ -206,6 +215,7 @@ BENCHMARK_CASES: dict[str, list[Case]] = {
 SMALL_CASES: dict[str, Case] = {
     **{op: RowCase(op, 64, 768) for op in ROW_INPUTS},
     "cross_entropy": CrossEntropyCase(64, 768),
+    "linear": LinearCase(64, 768, 768),
     "activation_linear": ActivationLinearCase(64, 768, 256),
     "rope": RopeCase(1, 64, 12, 64),
     "linear_cross_entropy": LinearCrossEntropyCase(64, 64, 768),
@@ -221,6 +231,7 @@ CPU_BENCHMARK_CASES: dict[str, list[Case]] = {
     "softmax": _rows("softmax", (1024, 768), (256, 50304)),
     **{op: _rows(op, *_CPU_SHAPES) for op in ROW_INPUTS if op != "softmax"},
     "cross_entropy": [CrossEntropyCase(4096, 768), CrossEntropyCase(1024, 4096), CrossEntropyCase(256, 50304)],
+    "linear": [LinearCase(1024, 192, 768)],
     "activation_linear": [ActivationLinearCase(1024, 768, 256)],
     "rope": [RopeCase(4, 512, 12, 64)],
     "linear_cross_entropy": [LinearCrossEntropyCase(1024, 192, 8192)],

@@ -232,6 +232,7 @@ def test_results_have_the_inputs_dtype_and_shape(op: str, backend: str, dtype: t
             "bias_gelu": lambda s: [leaf(*s), leaf(6, dtype=parameter)],
             "attention": lambda s: [leaf(2, 3, 4, 6), leaf(2, 5, 2, 6), leaf(2, 5, 2, 6)],
             "attention_varlen": lambda s: [leaf(5, 4, 6), leaf(7, 2, 6), leaf(7, 2, 6)],
+            "linear": lambda s: [leaf(*s), leaf(6, 6), leaf(6, dtype=parameter)],
             "rope": lambda s: [leaf(*s)],
             "cross_entropy": lambda s: [leaf(4, 6)],
         }[op](shape)
@@ -246,3 +247,18 @@ def test_results_have_the_inputs_dtype_and_shape(op: str, backend: str, dtype: t
             assert out.dtype == (parameter if op == "cross_entropy" else dtype)
         for leaf_, grad in zip(leaves, torch.autograd.grad([out.sum() for out in outs], leaves), strict=True):
             assert (grad.shape, grad.dtype) == (leaf_.shape, leaf_.dtype)
+
+
+def test_a_frozen_layer_keeps_and_gets_what_is_asked_for(device: str) -> None:
+    """As F.linear does: no gradient of a frozen weight is made, and its input is not kept for one."""
+    x, weight, bias = torch.randn(5, 6, device=device), torch.randn(4, 6, device=device), torch.randn(4, device=device)
+    for needs in [(True, False, False), (False, True, False), (False, False, True), (True, False, True)]:
+        leaves = [t.clone().requires_grad_(n) for t, n in zip((x, weight, bias), needs, strict=True)]
+        out = ops.linear(*leaves, backend="triton")
+        kept: Any = out.grad_fn
+        assert (kept.saved_tensors[0] is not None) == needs[1]
+        out.sum().backward()
+        for leaf, n in zip(leaves, needs, strict=True):
+            assert (leaf.grad is not None) == n
+        if needs[2]:
+            torch.testing.assert_close(leaves[2].grad, torch.full_like(bias, 5.0))

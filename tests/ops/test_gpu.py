@@ -15,6 +15,7 @@ from llmfast.testing.cases import (
     Case,
     CrossEntropyCase,
     EmbeddingCase,
+    LinearCase,
     LinearCrossEntropyCase,
     RopeCase,
     RowCase,
@@ -196,6 +197,7 @@ GRAPHED = [
     (AttentionCase(2, 100, 100, 4, 2, 64, True), TRITON),
     (RopeCase(2, 30, 3, 64), TRITON),
     (EmbeddingCase(300, 50, 200), TRITON),
+    (LinearCase(70, 64, 300), TRITON),
     (ActivationLinearCase(70, 64, 32, bias=True), TRITON),
     (LinearCrossEntropyCase(70, 64, 333, bias=True), TRITON),
 ]

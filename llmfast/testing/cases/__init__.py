@@ -10,7 +10,7 @@ from .attention import AttentionCase, DecodeAttentionCase, VarlenAttentionCase
 from .base import Result, Work
 from .embeddings import EmbeddingCase, RopeCase
 from .losses import CrossEntropyCase, LinearCrossEntropyCase
-from .rows import ROW_INPUTS, ActivationLinearCase, RowCase
+from .rows import ROW_INPUTS, ActivationLinearCase, LinearCase, RowCase
 
 __all__ = [
     "ROW_INPUTS",
@@ -20,6 +20,7 @@ __all__ = [
     "DecodeAttentionCase",
     "EmbeddingCase",
     "ActivationLinearCase",
+    "LinearCase",
     "LinearCrossEntropyCase",
     "Result",
     "RopeCase",
@@ -31,6 +32,7 @@ __all__ = [
 
 Case = (
     RowCase
+    | LinearCase
     | ActivationLinearCase
     | CrossEntropyCase
     | LinearCrossEntropyCase

@@ -98,6 +98,40 @@ class RowCase(Defaults):
 
 
 @dataclass(frozen=True)
+class LinearCase(Defaults):
+    """(rows, cols) through a layer to (rows, width)."""
+
+    rows: int
+    cols: int
+    width: int
+    bias: bool = True
+    op: str = "linear"
+
+    @property
+    def label(self) -> str:
+        return f"{self.rows}x{self.cols}x{self.width}" + " bias" * self.bias
+
+    @property
+    def output(self) -> tuple[int, ...]:
+        return self.rows, self.width
+
+    @property
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        shapes = {"x": (self.rows, self.cols), "weight": (self.width, self.cols)}
+        return shapes | ({"bias": (self.width,)} if self.bias else {})
+
+    def ours(self, *tensors: Tensor, backend: str) -> Tensor:
+        return ops.linear(*tensors, backend=backend)
+
+    def torch(self, *tensors: Tensor) -> Tensor:
+        return F.linear(*tensors)
+
+    def work(self, direction: str, itemsize: int) -> Work:
+        """Matrix products: one forward, two backward."""
+        return Work(0.0, 2.0 * self.rows * self.cols * self.width * (1 if direction == "fwd" else 2))
+
+
+@dataclass(frozen=True)
 class ActivationLinearCase(Defaults):
     """act(x) * up of (rows, cols) through a layer to (rows, width)."""
 

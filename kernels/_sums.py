@@ -1,0 +1,75 @@
+"""Sums over rows in a fixed order, for the gradients of parameters: of a matrix, and of the partials of other kernels.
+
+Each program sums the rows that it walks, in float32, and a second kernel adds those partials up: no atomics, so that
+results are bitwise repeatable.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import architecture, as_rows, multiprocessors
+
+# A warp reads 512 bytes of a row in 16 bits, and each thread of a program 32 elements at once.
+TILE = {"ROWS": 16, "BLOCK": 256, "num_warps": 4}
+PROGRAMS = 4  # on a multiprocessor
+
+
+@triton.jit
+def _column_sums_kernel(X, Partials, x_stride, n_rows, n_cols, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """X: (n_rows, n_cols) with a row stride; Partials: (num_programs(1), n_cols) float32."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    sums = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(tl.program_id(1) * ROWS, n_rows, tl.num_programs(1) * ROWS):
+        row = start + tl.arange(0, ROWS)[:, None].to(tl.int64)
+        inside = (row < n_rows) & (column[None, :] < n_cols)
+        sums += tl.load(X + row * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(Partials + tl.program_id(1).to(tl.int64) * n_cols + column, tl.sum(sums, 0), mask=column < n_cols)
+
+
+@triton.jit
+def _sum_partials_kernel(
+    Partials, First, Second, n_partials, N, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
+):
+    """First, Second: (N,), the sums of Partials: (k, n_partials, N), k = 1 or 2 = num_programs(1)."""
+    Partials += tl.program_id(1).to(tl.int64) * n_partials * N
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(0, n_partials, ROWS):
+        row = start + tl.arange(0, ROWS)[:, None]
+        inside = (row < n_partials) & (column[None, :] < N)
+        total += tl.load(Partials + row * N + column[None, :], mask=inside, other=0.0)
+    if tl.program_id(1) == 0:
+        tl.store(First + column, tl.sum(total, 0), mask=column < N)
+    else:
+        tl.store(Second + column, tl.sum(total, 0), mask=column < N)
+
+
+def sum_partials(partials: Tensor, sums: list[Tensor]) -> None:
+    """partials: (k, n, N) float32, contiguous, k = 1 or 2, of the kernel launched last -> their sums over n in `sums`,
+    k tensors of (N,) float32."""
+    n_sums, n_partials, n_cols = partials.shape
+    early = architecture() >= 90  # launched before its predecessor has ended, which it then waits for
+    _sum_partials_kernel[(triton.cdiv(n_cols, 16), n_sums)](
+        partials, sums[0], sums[-1], n_partials, n_cols,
+        ROWS=512, BLOCK=16, EARLY=early, num_warps=8, launch_pdl=early,
+    )  # fmt: skip
+
+
+def column_sums(x: Tensor) -> Tensor:
+    """x: (..., N) -> (N,) float32, the sum of its rows."""
+    rows = as_rows(x)
+    n_rows, n_cols = rows.shape
+    if rows.numel() == 0:
+        return torch.zeros((n_cols,), dtype=torch.float32, device=x.device)
+    columns = triton.cdiv(n_cols, TILE["BLOCK"])
+    walkers = max(1, PROGRAMS * multiprocessors(x.device) // columns)
+    walkers = min(walkers, triton.cdiv(n_rows, TILE["ROWS"]))
+    partials = torch.empty((1, walkers, n_cols), dtype=torch.float32, device=x.device)
+    _column_sums_kernel[(columns, walkers)](rows, partials, rows.stride(0), n_rows, n_cols, **TILE)
+    sums = torch.empty((n_cols,), dtype=torch.float32, device=x.device)
+    sum_partials(partials, [sums])
+    return sums
