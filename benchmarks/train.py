@@ -152,13 +152,15 @@ def measure(
             first = time.perf_counter() - started
         losses[-1] = losses[-1].clone()
     torch.cuda.synchronize(device)
-    timed = sorted(start.elapsed_time(end) for start, end in events[5:])
+    in_order = [start.elapsed_time(end) for start, end in events[5:]]
+    timed = sorted(in_order)
     return {
         "name": name,
         "ms": statistics.median(timed),
         "p99_ms": timed[math.ceil(0.99 * len(timed)) - 1],
         "seconds_to_first_step": first,
         "peak_bytes": torch.cuda.max_memory_allocated(device),
+        "step_ms": [round(ms, 3) for ms in in_order],
         "losses": torch.stack(losses).tolist(),
         "breakdown": breakdown(step, on_device(batches(0), name, device)),
     }
