@@ -2,11 +2,14 @@
 
 Logits are read once forward, each lane keeping a running maximum and sum of exponentials (online softmax,
 https://arxiv.org/abs/1805.02867), rescaled once for eight elements; backward reads them once more and writes the
-gradient, in their place where asked. Arithmetic is float32. With lse the logsumexp of a row x with target t,
+gradient, in their place where asked. Where loss and gradient are wanted at once, one kernel makes both and takes the
+second reading from a cache. Arithmetic is float32. With lse the logsumexp of a row x with target t,
   loss = lse - (1 - smoothing) x_t - smoothing mean(x) + z lse^2,
   dx = g ((1 + 2 z lse) softmax(x) - (1 - smoothing) [t] - smoothing / classes).
 A target out of range makes its row's loss and gradient NaN: nothing is read outside the row. Not supported: float64.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,27 +23,45 @@ MAX_BLOCK = 8192
 BWD_BLOCK = 2048
 
 
+class Tile(NamedTuple):
+    """How a program of the kernel that makes loss and gradient at once walks its row."""
+
+    block: int  # elements at a time
+    warps: int
+    stages: int = 1  # of more than 1, the loads of later blocks are on their way through shared memory
+    hints: bool = True  # caches are asked to keep what the first reading brings, and to let go of it after the second
+    reverse: bool = True  # the second reading begins where the first ended
+
+
+def _tile(n_cols: int, itemsize: int) -> Tile:
+    """Rows that are being worked on must fit the L2 cache, of which there are as many as programs at once: two of 32
+    warps a multiprocessor, or one, whose threads hold more registers, of rows over 128 KiB."""
+    if n_cols <= 8192:
+        block = max(128, triton.next_power_of_2(n_cols))
+        return Tile(block, max(1, block // 1024))
+    return Tile(8192, 32) if n_cols * itemsize <= 2**17 else Tile(32768, 32)
+
+
 @triton.jit
-def _cross_entropy_fwd_kernel(
-    X, Targets, Losses, Maxima, Sums, x_stride, n_classes, ignore_index, smoothing, z_loss,
-    SMOOTH: tl.constexpr, BLOCK: tl.constexpr,
+def _loss_of_row(
+    X, target, n_cols, n_classes, smoothing, z_loss,
+    SMOOTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, HINT: tl.constexpr,
 ):  # fmt: skip
-    """X: (rows, >= n_classes) with a row stride; Targets: (rows,) int64; Losses, Maxima, Sums: (rows,) fp32. A row a
-    program. Rows to ignore are not read; their statistics stay unset."""
-    row = tl.program_id(0).to(tl.int64)
-    target = tl.load(Targets + row)
-    if target == ignore_index:
-        tl.store(Losses + row, 0.0)
-        return
+    """-> the loss of the row that X points to, its maximum and its sum of exponentials against that. PADDED: it has
+    columns that are no class."""
     EXACT: tl.constexpr = X.dtype.element_ty == tl.float32
-    X += row * x_stride
     element = tl.arange(0, BLOCK // LANE)[:, None] * LANE + tl.arange(0, LANE)[None, :]
+    inside = (target >= 0) & (target < n_classes)
+    x_target = tl.load(X + target, mask=inside, other=float("nan")).to(tl.float32)
     m = tl.full([BLOCK // LANE], -float("inf"), tl.float32)
     s = tl.zeros([BLOCK // LANE], tl.float32)
     total = tl.zeros([BLOCK // LANE], tl.float32)
-    for start in range(0, n_classes, BLOCK):
+    for start in tl.range(0, n_classes, BLOCK, num_stages=STAGES):
         col = start + element
-        x = tl.load(X + col, mask=col < n_classes, other=-float("inf")).to(tl.float32)
+        # Asked for by n_cols: up to an odd number of classes no vectors could be loaded.
+        x = tl.load(X + col, mask=col < n_cols, other=-float("inf"), eviction_policy=HINT).to(tl.float32)
+        if PADDED:
+            x = tl.where(col < n_classes, x, -float("inf"))
         larger = tl.maximum(m, tl.max(x, 1))
         # A lane that has seen only -inf keeps a sum of 0: -inf - -inf would make it NaN.
         base = tl.where(larger == -float("inf"), 0.0, larger)
@@ -51,17 +72,90 @@ def _cross_entropy_fwd_kernel(
     row_max = tl.max(m, 0)
     base = tl.where(row_max == -float("inf"), 0.0, row_max)
     row_sum = tl.sum(s * exponential(m - base, EXACT), 0)
-    inside = (target >= 0) & (target < n_classes)
-    x_target = tl.load(X + target, mask=inside, other=float("nan")).to(tl.float32)
     log_sum = tl.log(row_sum)
     lse = row_max + log_sum
     # The difference first: of a large maximum and its like little is lost then.
     loss = (row_max - x_target) + log_sum + z_loss * lse * lse
     if SMOOTH:
         loss += smoothing * (x_target - tl.sum(total, 0) / n_classes)
+    return loss, row_max, row_sum
+
+
+@triton.jit
+def _gradient(
+    x, col, target, m, s, g, n_classes, smoothing, z_loss, EXACT: tl.constexpr, PADDED: tl.constexpr
+):  # fmt: skip
+    """That of a row's logits x in columns col, for an upstream gradient g; m and s are the row's maximum and sum. 0 in
+    columns that are no class, which only a PADDED row has."""
+    inside = (target >= 0) & (target < n_classes)
+    g = tl.where(inside, g, float("nan"))
+    target = tl.where(inside, target, 0).to(tl.int32)
+    weight = 1.0 + 2.0 * z_loss * (m + tl.log(s))
+    spread = smoothing / n_classes
+    e = exponential(x - m, EXACT)
+    if EXACT:
+        dx = g * (weight * tl.div_rn(e, s) - tl.where(col == target, 1.0 - smoothing + spread, spread))
+    else:  # as much as possible once a row
+        dx = (g * weight / s) * e - tl.where(col == target, g * (1.0 - smoothing + spread), g * spread)
+    return tl.where(col < n_classes, dx, 0.0) if PADDED else dx
+
+
+@triton.jit
+def _cross_entropy_fwd_kernel(
+    X, Targets, Losses, Maxima, Sums, x_stride, n_cols, n_classes, ignore_index, smoothing, z_loss,
+    SMOOTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """X: (rows, n_cols) with a row stride; Targets: (rows,) int64; Losses, Maxima, Sums: (rows,) fp32. A row a program.
+    Rows to ignore are not read; their statistics stay unset."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(Targets + row)
+    if target == ignore_index:
+        tl.store(Losses + row, 0.0)
+        return
+    loss, row_max, row_sum = _loss_of_row(
+        X + row * x_stride, target, n_cols, n_classes, smoothing, z_loss, SMOOTH, PADDED, BLOCK, 1, ""
+    )  # fmt: skip
     tl.store(Losses + row, loss)
     tl.store(Maxima + row, row_max)
     tl.store(Sums + row, row_sum)
+
+
+@triton.jit
+def _cross_entropy_fwd_bwd_kernel(
+    X, Targets, Losses, x_stride, n_cols, n_classes, ignore_index, smoothing, z_loss,
+    SMOOTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, HINTS: tl.constexpr,
+    REVERSE: tl.constexpr,
+):  # fmt: skip
+    """X: (rows, n_cols) with a row stride, overwritten by the gradient of the losses' sum; Targets: (rows,) int64;
+    Losses: (rows,) fp32. A row a program, which is read twice, the second time from a cache. Rows to ignore are not
+    read."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(Targets + row)
+    X += row * x_stride
+    element = tl.arange(0, BLOCK // LANE)[:, None] * LANE + tl.arange(0, LANE)[None, :]
+    if target == ignore_index:
+        tl.store(Losses + row, 0.0)
+        for start in range(0, n_cols, BLOCK):
+            col = start + element
+            tl.store(X + col, tl.zeros([BLOCK // LANE, LANE], X.dtype.element_ty), mask=col < n_cols)
+        return
+    KEEP: tl.constexpr = "evict_last" if HINTS else ""
+    LET_GO: tl.constexpr = "evict_first" if HINTS else ""
+    loss, row_max, row_sum = _loss_of_row(
+        X, target, n_cols, n_classes, smoothing, z_loss, SMOOTH, PADDED, BLOCK, STAGES, KEEP
+    )  # fmt: skip
+    tl.store(Losses + row, loss)
+    tl.debug_barrier()  # no thread may write before all have read
+    blocks = tl.cdiv(n_cols, BLOCK)
+    for i in tl.range(0, blocks, num_stages=STAGES):
+        # What was read last is the likeliest to be in a cache yet.
+        col = (blocks - 1 - i if REVERSE else i) * BLOCK + element
+        x = tl.load(X + col, mask=col < n_cols, other=0.0, eviction_policy=LET_GO).to(tl.float32)
+        dx = _gradient(
+            x, col, target, row_max, row_sum, 1.0, n_classes, smoothing, z_loss,
+            X.dtype.element_ty == tl.float32, PADDED,
+        )  # fmt: skip
+        tl.store(X + col, dx.to(X.dtype.element_ty), mask=col < n_cols)
 
 
 @triton.jit
@@ -83,29 +177,82 @@ def _reduce_losses_kernel(Losses, Targets, Loss, Count, n_rows, ignore_index, ME
 @triton.jit
 def _cross_entropy_bwd_kernel(
     Grad, X, Targets, Maxima, Sums, Count, DX, grad_stride, x_stride, dx_stride, n_cols, n_classes,
-    ignore_index, smoothing, z_loss, MEAN: tl.constexpr, BLOCK: tl.constexpr,
+    ignore_index, smoothing, z_loss, MEAN: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A row and BLOCK columns a program. Grad: one number, or one a row; X, DX: (rows, n_cols) with row strides, DX may
     be X."""
     blocks = tl.cdiv(n_cols, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     col = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    EXACT: tl.constexpr = X.dtype.element_ty == tl.float32
     # Nothing waits for the target: rows to ignore are few, and read in vain.
-    x = tl.load(X + row * x_stride + col, mask=col < n_classes, other=-float("inf")).to(tl.float32)
+    x = tl.load(X + row * x_stride + col, mask=col < n_cols, other=0.0).to(tl.float32)
     target = tl.load(Targets + row)
     g = tl.load(Grad + row * grad_stride).to(tl.float32)
     if MEAN:
         g = tl.div_rn(g, tl.load(Count))
-    g = tl.where((target >= 0) & (target < n_classes), g, float("nan"))
-    m = tl.load(Maxima + row)
-    s = tl.load(Sums + row)
-    weight = 1.0 + 2.0 * z_loss * (m + tl.log(s))
-    e = exponential(x - m, EXACT)
-    p = tl.div_rn(e, s) if EXACT else e * (1.0 / s)
-    dx = g * (weight * p - tl.where(col == target, 1.0 - smoothing, 0.0) - smoothing / n_classes)
-    dx = tl.where((col < n_classes) & (target != ignore_index), dx, 0.0)
+    dx = _gradient(
+        x, col, target, tl.load(Maxima + row), tl.load(Sums + row), g, n_classes, smoothing, z_loss,
+        X.dtype.element_ty == tl.float32, PADDED,
+    )  # fmt: skip
+    dx = tl.where(target != ignore_index, dx, 0.0)
     tl.store(DX + row * dx_stride + col, dx.to(DX.dtype.element_ty), mask=col < n_cols)
+
+
+def row_losses(
+    rows: Tensor,
+    targets: Tensor,
+    losses: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    n_classes: int,
+) -> Tensor:
+    """rows: (N, V), of unit stride in a row; targets: (N,) -> row maxima and sums (2, N); `losses` (N,) is filled."""
+    statistics = torch.empty((2, rows.shape[0]), dtype=torch.float32, device=rows.device)
+    n_rows, n_cols = rows.shape
+    if n_rows > 0:
+        block = min(MAX_BLOCK, max(128, triton.next_power_of_2(n_classes)))
+        _cross_entropy_fwd_kernel[(n_rows,)](
+            rows, targets, losses, *statistics, rows.stride(0), n_cols, n_classes, ignore_index, label_smoothing,
+            z_loss, SMOOTH=label_smoothing != 0.0, PADDED=n_cols != n_classes, BLOCK=block,
+            num_warps=max(1, block // 1024),
+        )  # fmt: skip
+    return statistics
+
+
+def row_losses_and_gradients(
+    rows: Tensor,
+    targets: Tensor,
+    losses: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    n_classes: int,
+    tile: Tile | None = None,
+) -> None:
+    """rows: (N, V), of unit stride in a row, become the gradient of the losses' sum; `losses` (N,) is filled."""
+    n_rows, n_cols = rows.shape
+    if n_rows > 0:
+        block, warps, stages, hints, reverse = tile or _tile(n_cols, rows.element_size())
+        _cross_entropy_fwd_bwd_kernel[(n_rows,)](
+            rows, targets, losses, rows.stride(0), n_cols, n_classes, ignore_index, label_smoothing, z_loss,
+            SMOOTH=label_smoothing != 0.0, PADDED=n_cols != n_classes, BLOCK=block, STAGES=stages, HINTS=hints,
+            REVERSE=reverse, num_warps=warps,
+        )  # fmt: skip
+
+
+def reduce_losses(losses: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> tuple[Tensor, Tensor]:
+    """losses: (N,) float32 -> their mean over the targets that count, or their sum, and the number of these targets."""
+    n_rows = losses.shape[0]
+    new = torch.empty if n_rows else torch.zeros
+    loss, count = (new((), dtype=torch.float32, device=losses.device) for _ in range(2))
+    if n_rows > 0:
+        block = min(8192, max(32, triton.next_power_of_2(n_rows)))
+        _reduce_losses_kernel[(1,)](
+            losses, targets, loss, count, n_rows, ignore_index,
+            MEAN=reduction == "mean", BLOCK=block, num_warps=max(1, block // 256),
+        )  # fmt: skip
+    return loss, count
 
 
 def cross_entropy_fwd(
@@ -120,21 +267,9 @@ def cross_entropy_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logits: (N, V); targets: (N,) int64 -> loss () or (N,), row maxima and sums (2, N), targets counted ()."""
     rows, targets = as_rows(logits), targets.contiguous()
-    n_rows = rows.shape[0]
-    losses, statistics = (torch.empty(s, dtype=torch.float32, device=logits.device) for s in ((n_rows,), (2, n_rows)))
-    new = torch.empty if n_rows else torch.zeros
-    loss, count = (new((), dtype=torch.float32, device=logits.device) for _ in range(2))
-    if n_rows > 0:
-        block = min(MAX_BLOCK, max(128, triton.next_power_of_2(n_classes)))
-        _cross_entropy_fwd_kernel[(n_rows,)](
-            rows, targets, losses, *statistics, rows.stride(0), n_classes, ignore_index, label_smoothing, z_loss,
-            SMOOTH=label_smoothing != 0.0, BLOCK=block, num_warps=max(1, block // 1024),
-        )  # fmt: skip
-        block = min(8192, max(32, triton.next_power_of_2(n_rows)))
-        _reduce_losses_kernel[(1,)](
-            losses, targets, loss, count, n_rows, ignore_index,
-            MEAN=reduction == "mean", BLOCK=block, num_warps=max(1, block // 256),
-        )  # fmt: skip
+    losses = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
+    statistics = row_losses(rows, targets, losses, ignore_index, label_smoothing, z_loss, n_classes)
+    loss, count = reduce_losses(losses, targets, ignore_index, reduction)
     return losses if reduction == "none" else loss, statistics, count
 
 
@@ -160,7 +295,7 @@ def cross_entropy_bwd(
         _cross_entropy_bwd_kernel[(n_rows * triton.cdiv(n_cols, block),)](
             grad, rows, targets.contiguous(), *statistics, count, dx, grad.stride(0) if grad.dim() else 0,
             rows.stride(0), dx.stride(0), n_cols, n_classes, ignore_index, label_smoothing, z_loss,
-            MEAN=reduction == "mean", BLOCK=block, num_warps=max(1, block // 512),
+            MEAN=reduction == "mean", PADDED=n_cols != n_classes, BLOCK=block, num_warps=max(1, block // 512),
         )  # fmt: skip
     if not in_place:
         return dx

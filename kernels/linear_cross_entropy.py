@@ -1,17 +1,32 @@
 """Cross-entropy of a linear layer's outputs that never holds more than a chunk of the logits.
 
-Rows are taken in chunks: their logits by a matrix product, the loss and, in the logits' memory, their gradient by the
-kernels of cross_entropy, and what that gives x, weight and bias by further products (the idea of
-https://arxiv.org/abs/2410.10989). So gradients are ready after the forward pass, for an upstream gradient of 1, and the
-backward pass scales them. The weight's is summed over chunks in float32. A chunk's logits are as large as the weight,
-or an eighth of all: smaller ones would spend more time on reading and writing that sum. Not supported: float64, and
-reduction="none", for which gradients cannot be made before the upstream gradient is known.
+Rows are taken in chunks: their logits by a matrix product, the loss and, in the logits' memory, their gradient by a
+kernel of cross_entropy, and what that gives x, weight and bias by further products (the idea of
+https://arxiv.org/abs/2410.10989). So gradients of the losses' sum are ready after the forward pass, and the backward
+pass scales them by the upstream gradient and, for a mean, the number of targets: not earlier, as a 16-bit dtype would
+lose the small probabilities of a large batch. The weight's is summed over chunks in float32. A chunk's logits are as
+large as the weight, or an eighth of all: smaller ones would spend more time on reading and writing that sum. Not
+supported: float64, and reduction="none", for which gradients cannot be made before the upstream gradient is known.
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from .cross_entropy import cross_entropy_bwd, cross_entropy_fwd
+from .cross_entropy import reduce_losses, row_losses, row_losses_and_gradients
+
+
+@triton.jit
+def _linear_cross_entropy_bwd_kernel(X, Grad, Count, Y, size, MEAN: tl.constexpr, BLOCK: tl.constexpr):
+    """X, Y: (size,); Grad, Count: one number each. PyTorch's product with a number on the device, of other dtypes than
+    the result's, takes seven times as long."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(Grad).to(tl.float32)
+    if MEAN:
+        g = tl.div_rn(g, tl.maximum(tl.load(Count), 1.0))
+    y = tl.load(X + i, mask=i < size).to(tl.float32) * g
+    tl.store(Y + i, y.to(Y.dtype.element_ty), mask=i < size)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
@@ -33,38 +48,38 @@ def linear_cross_entropy_gradients(
     z_loss: float,
     reduction: str,
     needs: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """x: (N, D); weight: (V, D); targets: (N,) int64; bias: (V,) or None -> loss () float32 and, as `needs` says, the
-    gradients of x (its dtype), weight and bias (float32)."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """x: (N, D); weight: (V, D); targets: (N,) int64; bias: (V,) or None -> loss () float32, the number of targets that
+    count () float32 and, as `needs` says, the gradients of the losses' sum for x (its dtype), weight and bias
+    (float32)."""
     n_rows, depth = x.shape
     classes = weight.shape[0]
-    loss, ones = (torch.full((), v, dtype=torch.float32, device=x.device) for v in (0.0, 1.0))
-    scale = ones if reduction == "sum" else 1.0 / (targets != ignore_index).sum().clamp(min=1).float()
-    dx = torch.empty_like(x) if needs[0] else None
+    targets = targets.contiguous()
+    losses = torch.empty(targets.shape, dtype=torch.float32, device=x.device)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None
     new = torch.empty if n_rows else torch.zeros
     dw = new(weight.shape, dtype=torch.float32, device=x.device) if needs[1] else None
     db = torch.zeros((classes,), dtype=torch.float32, device=x.device) if needs[2] else None
-    options = (ignore_index, label_smoothing, z_loss, "sum", classes, True)
+    options = (ignore_index, label_smoothing, z_loss, classes)
     chunk = max(depth, -(-n_rows // 8))
     # One memory for all chunks; a row begins a multiple of 64 elements after the last, so that vectors of it are whole.
     buffer = torch.empty((min(chunk, n_rows), -(-classes // 64) * 64), dtype=x.dtype, device=x.device)
     for start in range(0, n_rows, chunk):
-        rows, wanted = x[start : start + chunk], targets[start : start + chunk]
-        logits = buffer[: rows.shape[0], :classes]
+        part = slice(start, start + chunk)
+        rows, padded = x[part], buffer[: min(chunk, n_rows - start)]
+        logits = padded[:, :classes]
         if bias is None:
             torch.mm(rows, weight.t(), out=logits)
         else:
-            torch.addmm(bias, rows, weight.t(), out=logits)
-        part, statistics, count = cross_entropy_fwd(logits, wanted, *options)
-        loss += part
-        dlogits = cross_entropy_bwd(scale, logits, wanted, statistics, count, *options) if any(needs) else logits
+            torch.addmm(bias.to(x.dtype), rows, weight.t(), out=logits)
+        (row_losses_and_gradients if any(needs) else row_losses)(padded, targets[part], losses[part], *options)
         if dx is not None:
-            torch.mm(dlogits, weight, out=dx[start : start + chunk])
+            torch.mm(logits, weight, out=dx[part])
         if dw is not None:
-            _add_product(dw, dlogits.t(), rows, start == 0)
+            _add_product(dw, logits.t(), rows, start == 0)
         if db is not None:
-            db += dlogits.sum(0, dtype=torch.float32)
-    return loss * scale, dx, dw, db
+            db += logits.sum(0, dtype=torch.float32)
+    return *reduce_losses(losses, targets, ignore_index, reduction), dx, dw, db
 
 
 def linear_cross_entropy_fwd(
@@ -83,14 +98,16 @@ def linear_cross_entropy_fwd(
 
 
 def linear_cross_entropy_bwd(
-    grad: Tensor, gradients: list[Tensor | None], dtypes: list[torch.dtype]
-) -> list[Tensor | None]:
-    """The gradients, for the upstream gradient `grad` and in their dtypes."""
-    one = grad.reshape(1)  # a tensor without dimensions would be rounded to the gradient's dtype first
-    return [
-        None if g is None else torch.mul(g, one, out=torch.empty_like(g, dtype=dtype))
-        for g, dtype in zip(gradients, dtypes, strict=True)
-    ]
+    grad: Tensor, count: Tensor, gradient: Tensor, reduction: str, dtype: torch.dtype
+) -> Tensor:
+    """One of the gradients made above, in `dtype`, for the upstream gradient `grad`."""
+    out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+    if out.numel() > 0:
+        grid = (triton.cdiv(out.numel(), 2048),)
+        _linear_cross_entropy_bwd_kernel[grid](
+            gradient, grad, count, out, out.numel(), MEAN=reduction == "mean", BLOCK=2048, num_warps=4
+        )
+    return out
 
 
 def linear_cross_entropy_limits(

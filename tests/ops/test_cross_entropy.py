@@ -1,5 +1,7 @@
 """Cross-entropy at its edges, on every backend that does what is asked, and in place."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -143,3 +145,68 @@ def test_linear_cross_entropy_of_frozen_inputs(device: str) -> None:
     for i in range(3):
         assert torch.equal(gradients(i)[0], together[i])
     assert not ops.linear_cross_entropy(x, weight, targets, bias, backend="triton").requires_grad
+
+
+# Each alone, then together. ignore_index is a class here, so that targets outside would not stand for it.
+LINEAR_OPTIONS: list[dict[str, Any]] = [
+    *({}, {"label_smoothing": 0.2}, {"z_loss": 0.05}, {"ignore_index": 3}, {"reduction": "sum"}),
+    {"label_smoothing": 0.2, "z_loss": 0.05, "ignore_index": 3, "reduction": "sum"},
+]
+
+
+@pytest.mark.parametrize("options", LINEAR_OPTIONS, ids=str)
+@pytest.mark.parametrize("classes", [64, 300, 17_001])
+def test_linear_cross_entropy_options(classes: int, options: dict[str, Any], device: str) -> None:
+    """Rows of a block and of three, with columns that are no class (the memory of a row is a multiple of 64 of them)
+    and without, in two chunks."""
+    pytest.importorskip("triton")
+    leaves = [torch.randn(s, device=device).requires_grad_() for s in ((9, 5), (classes, 5), (classes,))]
+    targets = torch.tensor([3, 0, classes - 1, 3, 7, 63, 1, 3, 2], device=device)
+    results = []
+    for backend, dtype in (("triton", torch.float32), (REFERENCE, torch.float64)):
+        x, weight, bias = (t.to(dtype) for t in leaves)
+        loss = ops.linear_cross_entropy(x, weight, targets, bias, backend=backend, **options)
+        results.append((loss.double(), *torch.autograd.grad(loss, leaves, torch.tensor(0.7, device=device).to(dtype))))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("classes", [50, 17_001])
+@pytest.mark.parametrize("target", [4, -100, 49, -1, 10**6])
+def test_loss_and_gradient_at_once_are_those_one_after_the_other(classes: int, target: int, device: str) -> None:
+    """Of a row that is a linear layer's weight, whose gradient then is the logits', whatever it holds."""
+    pytest.importorskip("triton")
+    rows = torch.randn(6, classes, device=device) * torch.tensor([1.0, 1000.0, 1, 1, 1, 1], device=device)[:, None]
+    rows[2, 5:] = rows[3] = float("-inf")
+    rows[4, 9], rows[5, 9] = float("inf"), float("nan")
+    targets = torch.tensor([target], device=device)
+    options = {"label_smoothing": 0.1, "z_loss": 0.01, "reduction": "sum"}
+    for row in rows:
+        expected = loss_and_gradient(row[None], targets, "triton", **options)
+        weight = row[:, None].requires_grad_()
+        loss = ops.linear_cross_entropy(torch.ones(1, 1, device=device), weight, targets, backend="triton", **options)
+        got = loss.detach(), torch.autograd.grad(loss, weight)[0].t()
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-5, equal_nan=True)  # a sum's order differs
+
+
+def test_linear_cross_entropy_reads_no_row_without_a_target(device: str) -> None:
+    """Its logits may be anything: here NaN, which the loss and the other gradients do not see."""
+    pytest.importorskip("triton")
+    x, weight = torch.randn(4, 1, device=device), torch.randn(70, 1, device=device).requires_grad_()
+    x[2] = float("nan")
+    leaf = x.requires_grad_()
+    loss = ops.linear_cross_entropy(leaf, weight, torch.tensor([4, 0, -100, 69], device=device), backend="triton")
+    assert loss.isfinite()
+    dx = torch.autograd.grad(loss, leaf)[0]
+    assert dx.isfinite().all() and dx[2] == 0
+
+
+def test_linear_cross_entropy_keeps_the_small_probabilities_of_a_large_batch(device: str) -> None:
+    """2000 equal logits in each of 508 rows: divided by both numbers a probability is 16.5 times the least that float16
+    has, and would become 17 times it. All weights 1, a row's gradient of x is 0, the sum of the logits' gradients."""
+    pytest.importorskip("triton")
+    x = torch.zeros(508, 1, device=device, dtype=torch.float16, requires_grad=True)
+    weight = torch.ones(2000, 1, device=device, dtype=torch.float16)
+    targets = torch.zeros(508, dtype=torch.int64, device=device)
+    loss = ops.linear_cross_entropy(x, weight, targets, backend="triton")
+    (dx,) = torch.autograd.grad(loss, x, torch.tensor(508.0, device=device))
+    assert dx.abs().max() < 2e-3
