@@ -17,6 +17,7 @@ from ..errors import LLMFastError
 COMMANDS = {
     "train": ("llmfast.cli.train:train", "Train a model; with no arguments, the main job on Python's own source."),
     "generate": ("llmfast.cli.generate:generate", "Continue a text with a trained model."),
+    "chat": ("llmfast.cli.generate:chat", "Talk with an imported model that has a chat template."),
     "eval": ("llmfast.cli.evaluate:evaluate", "Score a model on a text: bits per byte, baselines, loss by position."),
     "plot": ("llmfast.cli.plot:plot", "Draw the curves of one or several runs."),
     "data": ("llmfast.cli.data:data", "Prepare a text for training: tokenizer, token shards and manifest."),

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import CheckpointError, InputError
 from ..models import GPT, Config
-from ..tokenizers import Tokenizer
+from ..tokenizers import PretrainedTokenizer, Tokenizer
 from ..weights import Checkpoint, latest
 
 try:
@@ -103,7 +103,16 @@ def load_weights(run_dir: Path, dtype: torch.dtype, on_skip: Any) -> GPT:
     return model
 
 
-def load_model(run_dir: Path, device: torch.device, dtype: torch.dtype, on_skip: Any) -> tuple[GPT, Tokenizer]:
+def is_imported(run_dir: Path) -> bool:
+    """Whether the run's model came from another library."""
+    return "imported" in read_config(run_dir)
+
+
+def load_model(
+    run_dir: Path, device: torch.device, dtype: torch.dtype, on_skip: Any
+) -> tuple[GPT, Tokenizer | PretrainedTokenizer]:
     """The best model of a run, in eval mode on `device`, and its tokenizer."""
     model = load_weights(run_dir, dtype, on_skip)
-    return model.to(device).eval(), Tokenizer.load(run_dir / "tokenizer.json")
+    imported = is_imported(run_dir)
+    tokenizer = PretrainedTokenizer.load(run_dir) if imported else Tokenizer.load(run_dir / "tokenizer.json")
+    return model.to(device).eval(), tokenizer

@@ -103,6 +103,18 @@ class Tokenizer:
         canonical = json.dumps(json.loads(self._backend.to_str()), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """What ends a document."""
+        return frozenset((self.eot_id,))
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """Ids of a text to continue: like every document in training it begins after an end-of-text token."""
+        return [self.eot_id, *self.encode(text)]
+
+    def stream_decoder(self) -> "StreamDecoder":
+        return StreamDecoder(self)
+
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Ids of `text`; see `encode_batch`."""
         return self.encode_batch([text], allow_special=allow_special)[0]

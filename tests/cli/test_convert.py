@@ -1,6 +1,7 @@
 """`llmfast import` and `llmfast export`: there and back, and what they refuse."""
 
 import filecmp
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -108,3 +109,30 @@ def test_refusals(foreign: Path, tmp_path: Path, cli: Cli) -> None:
     assert code == 2 and "family 'bert' is not known" in err
     code, _, err = cli("export", tmp_path / "run", tmp_path / "out", "--family", "llama")
     assert code == 2 and "no family of Hugging Face's expresses this model (llama: has no" in err
+
+
+def test_an_imported_model_talks_and_is_scored(
+    foreign: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was said is in the next prompt; a text is scored by its bytes; what has no validation text says so."""
+    run, greedy = tmp_path / "run", ("--temperature", "0", "--max-tokens", "4", "--device", "cpu")
+    assert cli("import", foreign, run)[0] == 0
+    (run / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }} {{ m.content }};{% endfor %}")
+    code, out, err = cli("chat", run, "--message", "some words", "--system", "more", *greedy)
+    assert (code, err) == (0, "")
+    assert out == cli("generate", run, "system more;user some words;", *greedy)[1].split("words;", 1)[1]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("some words\nmore\n\nnot read\n"))
+    code, both, err = cli("chat", run, "--system", "more", *greedy)
+    assert (code, err) == (0, "") and both.startswith(out) and len(both) > len(out)
+    said = f"system more;user some words;assistant {out[:-1]};user more;"
+    assert both[len(out) :] == cli("generate", run, said, *greedy)[1].split("user more;", 1)[1]
+
+    (tmp_path / "text").write_text("some words and some more words", encoding="utf-8")
+    code, out, err = cli("eval", run, "--text", tmp_path / "text", "--json", tmp_path / "result", "--device", "cpu")
+    assert code == 0, err
+    result = json.loads((tmp_path / "result").read_text())
+    assert result["bytes"] == 30 and 5.0 < result["bits_per_byte"] * 30 / result["tokens"] < 15.0  # of some 300 tokens
+    code, _, err = cli("eval", run, "--device", "cpu")
+    assert code == 2 and "was imported and has no validation text; give --text" in err
+    (run / "chat_template.jinja").unlink()
+    assert "the model has no chat template" in cli("chat", run, "--message", "some", *greedy)[2]

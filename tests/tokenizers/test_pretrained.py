@@ -1,0 +1,164 @@
+"""Tokenizers of other libraries' models, against transformers' own reading of the same files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers as hf
+
+from llmfast.errors import InputError
+from llmfast.tokenizers import PretrainedTokenizer
+
+SPECIAL = ["<s>", "</s>", "<|start|>", "<|end|>"]
+# As Llama 3's and Qwen's are written: what a conversation begins with, a system message of its own, trimmed contents,
+# a date, a loop that skips, and a refusal.
+TEMPLATE = """{{ bos_token }}{%- if messages[0]['role'] != 'system' %}
+<|start|>system
+You are kind. {{ strftime_now('%Y') | length }}<|end|>
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'comment' %}{% continue %}{% endif %}
+    {%- if message.role not in ['system', 'user', 'assistant'] %}
+        {{- raise_exception('there is no role ' + message.role) }}
+    {%- endif %}
+    {%- if message.role == 'assistant' %}
+    {{- '<|start|>assistant\\n' }}{% generation %}{{ message.content | trim }}<|end|>{% endgeneration %}
+    {%- else %}
+    {{- '<|start|>' + message.role + '\\n' + message.content | trim + '<|end|>' }}
+    {%- endif %}
+    {%- if message.extra is defined %}{{ message.extra | tojson }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|start|>assistant\\n' }}{% endif %}"""
+TALK = [
+    {"role": "user", "content": "  Grüße & <b>hello</b> "},
+    {"role": "comment", "content": "not said"},
+    {"role": "assistant", "content": "hi", "extra": {"ü": [1, "<"]}},
+    {"role": "user", "content": "and now?"},
+]
+
+
+def backend(kind: str, adds_bos: bool) -> hf.Tokenizer:
+    """A small tokenizer: byte-level as Llama 3's, or of words with spaces in them as Gemma's."""
+    if kind == "bytes":
+        made = hf.Tokenizer(hf.models.BPE())
+        made.pre_tokenizer, made.decoder = hf.pre_tokenizers.ByteLevel(add_prefix_space=False), hf.decoders.ByteLevel()
+        alphabet = hf.pre_tokenizers.ByteLevel.alphabet()
+        trainer = hf.trainers.BpeTrainer(special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+        made.train_from_iterator(["hello there and now hello system user assistant kind"] * 3, trainer)
+    else:
+        known = [*SPECIAL, *(f"<0x{i:02X}>" for i in range(256)), *"▁abcdefghijklmnopqrstuvwxyz", "he", "ll", "hell"]
+        merges = [("h", "e"), ("l", "l"), ("he", "ll")]
+        made = hf.Tokenizer(hf.models.BPE({token: i for i, token in enumerate(known)}, merges, byte_fallback=True))
+        made.add_special_tokens(SPECIAL)
+        made.normalizer = hf.normalizers.Replace(" ", "▁")
+        made.decoder = hf.decoders.Sequence(
+            [hf.decoders.Replace("▁", " "), hf.decoders.ByteFallback(), hf.decoders.Fuse()]
+        )
+    if adds_bos:
+        made.post_processor = hf.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return made
+
+
+def folder_of(path: Path, kind: str = "bytes", adds_bos: bool = True, **config: Any) -> Path:
+    backend(kind, adds_bos).save(str(path / "tokenizer.json"))
+    values = {
+        "bos_token": "<s>",
+        "eos_token": {"__type": "AddedToken", "content": "</s>"},
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (path / "tokenizer_config.json").write_text(json.dumps(values | config))
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 3]}))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["bytes", "metaspace"])
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_prompts_are_those_of_transformers(tmp_path: Path, kind: str, adds_bos: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    ours = PretrainedTokenizer.load(folder_of(tmp_path, kind, adds_bos))
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    for text in ("hello there", "  two  spaces", "Grüße 🎉\n", "hello<|end|>now", "a</s>"):
+        assert ours.prompt_ids(text) == theirs(text).input_ids, text
+        assert ours.decode(ours.prompt_ids(text)) == theirs.decode(theirs(text).input_ids, skip_special_tokens=True)
+    assert ours.stop_ids == {1, 3} and ours.vocab_size == len(theirs)
+
+
+def test_a_text_begins_once(tmp_path: Path) -> None:
+    ours = PretrainedTokenizer.load(folder_of(tmp_path))
+    assert ours.prompt_ids("<s>hello") == ours.prompt_ids("hello")
+    assert ours.prompt_ids("hello").count(0) == 1 and ours.encode("hello").count(0) == 0
+    assert ours.prompt_ids("") == [0]  # something to continue
+    bare = PretrainedTokenizer.load(folder_of(tmp_path, adds_bos=False, bos_token=None))
+    assert bare.prompt_ids("") == [1] and bare.prompt_ids("hello") == bare.encode("hello")
+
+
+def test_an_end_that_is_added_is_left_out(tmp_path: Path) -> None:
+    """Some tokenizers end every text; a model that is to continue one must not see that."""
+    folder_of(tmp_path)
+    made = backend("bytes", False)
+    made.post_processor = hf.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    made.save(str(tmp_path / "tokenizer.json"))
+    ours = PretrainedTokenizer.load(tmp_path)
+    assert ours.prompt_ids("hello") == [0, *ours.encode("hello")]
+    assert ours.prompt_ids("hello</s>")[-1] == 1
+
+
+@pytest.mark.parametrize("where", ["config", "list", "jinja", "json"])
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+def test_conversations_are_those_of_transformers(tmp_path: Path, where: str, add_generation_prompt: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": TEMPLATE}]
+    folder_of(tmp_path, **{"config": {"chat_template": TEMPLATE}, "list": {"chat_template": named}}.get(where, {}))
+    if where == "jinja":
+        (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    if where == "json":
+        (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    ours = PretrainedTokenizer.load(tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    theirs.chat_template = TEMPLATE
+    for talk in (TALK, [{"role": "system", "content": "Be brief."}, *TALK]):
+        expected = theirs.apply_chat_template(
+            talk, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
+        )
+        ids = ours.chat_ids(talk, add_generation_prompt=add_generation_prompt)
+        assert ids == expected and ids.count(0) == 1
+
+
+@pytest.mark.parametrize("template", [
+    "{{ raise_exception('roles must alternate') }}",
+    "{{ messages.__class__.__mro__ }}",
+    "{{ ''.__class__.__base__.__subclasses__() }}",
+    "{% for i in range(10**9) %}{% endfor %}",
+    "{{ messages[0].content",
+    "{{ messages.append(1) }}",
+])  # fmt: skip
+def test_templates_that_are_refused(tmp_path: Path, template: str) -> None:
+    ours = PretrainedTokenizer.load(folder_of(tmp_path, chat_template=template))
+    with pytest.raises(InputError, match="the chat template does not take this conversation"):
+        ours.chat_ids([{"role": "user", "content": "hello"}])
+
+
+def test_without_a_template_and_without_files(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"has no tokenizer\.json"):
+        PretrainedTokenizer.load(tmp_path)
+    with pytest.raises(InputError, match="no chat template"):
+        PretrainedTokenizer.load(folder_of(tmp_path)).chat_ids([])
+    (tmp_path / "generation_config.json").write_text("[1")
+    with pytest.raises(InputError, match=r"generation_config\.json: is not JSON"):
+        PretrainedTokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match=r"tokenizer\.json: not a readable tokenizer"):
+        PretrainedTokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "metaspace"])
+def test_text_as_it_comes(tmp_path: Path, kind: str) -> None:
+    """Pieces add up to the text, no character is cut, and special tokens are not shown."""
+    ours = PretrainedTokenizer.load(folder_of(tmp_path, kind))
+    text = "hello there Grüße 🎉 now"
+    decoder = ours.stream_decoder()
+    pieces = [decoder.push(token) for token in [*ours.prompt_ids(text), 3]] + [decoder.finish()]
+    assert "".join(pieces) == text and not any("�" in piece for piece in pieces)
