@@ -34,12 +34,13 @@ class Tile(NamedTuple):
 
 
 def _tile(n_cols: int, itemsize: int) -> Tile:
-    """Rows that are being worked on must fit the L2 cache, of which there are as many as programs at once: two of 32
-    warps a multiprocessor, or one, whose threads hold more registers, of rows over 128 KiB."""
+    """Rows are in work as many at once as programs fit, and all of them must fit the L2 cache: two of 32 warps a
+    multiprocessor or, of rows over 128 KiB, one, whose threads hold larger blocks. float32 needs the registers of one
+    anyway."""
     if n_cols <= 8192:
         block = max(128, triton.next_power_of_2(n_cols))
         return Tile(block, max(1, block // 1024))
-    return Tile(8192, 32) if n_cols * itemsize <= 2**17 else Tile(32768, 32)
+    return Tile(32768, 32) if itemsize == 2 and n_cols > 65536 else Tile(8192, 32)
 
 
 @triton.jit

@@ -54,7 +54,7 @@ def test_the_limit_on_spills_decides_the_exit_status() -> None:
 COUNT = """
 import torch
 from llmfast.testing import offline
-from llmfast.testing.cases import CrossEntropyCase, RopeCase, RowCase
+from llmfast.testing.cases import CrossEntropyCase, LinearCrossEntropyCase, RopeCase, RowCase
 
 SHAPES = [(2, 4000), (3, 4001), (17, 3333), (64, 2400), (1, 4096)]
 OPS = {
@@ -62,6 +62,7 @@ OPS = {
     "swiglu": [RowCase("swiglu", *s) for s in SHAPES],
     "bias_gelu": [RowCase("bias_gelu", *s) for s in SHAPES],
     "cross_entropy": [CrossEntropyCase(*s) for s in SHAPES],
+    "linear_cross_entropy": [LinearCrossEntropyCase(rows, 16, classes) for rows, classes in SHAPES],
     "rope": [RopeCase(b, t, h, 64) for b, t, h in [(1, 7, 3), (2, 16, 12), (5, 1, 1), (3, 100, 16)]],
     "layer_norm": [RowCase("layer_norm", rows, 768) for rows in (1, 2, 3, 17, 64, 1000)],
     "add_rms_norm": [RowCase("add_rms_norm", rows, 768) for rows in (1, 2, 3, 17, 64, 1000)],
