@@ -28,25 +28,23 @@ class Tile(NamedTuple):
 
     block: int  # elements at a time
     warps: int
-    stages: int = 1  # of more than 1, the loads of later blocks are on their way through shared memory
-    hints: bool = True  # caches are asked to keep what the first reading brings, and to let go of it after the second
-    reverse: bool = True  # the second reading begins where the first ended
 
 
 def _tile(n_cols: int, itemsize: int) -> Tile:
-    """Rows are in work as many at once as programs fit, and all of them must fit the L2 cache: two of 32 warps a
-    multiprocessor or, of rows over 128 KiB, one, whose threads hold larger blocks. float32 needs the registers of one
-    anyway."""
+    """Rows are in work as many at once as programs fit, and all of them must fit the L2 cache: longer ones take larger
+    blocks, so more registers. By measurement on an H200 (benchmarks/NOTES.md)."""
     if n_cols <= 8192:
         block = max(128, triton.next_power_of_2(n_cols))
         return Tile(block, max(1, block // 1024))
-    return Tile(32768, 32) if itemsize == 2 and n_cols > 65536 else Tile(8192, 32)
+    if itemsize == 4:
+        return Tile(8192, 32)
+    return Tile(8192 if n_cols <= 65536 else 16384, 16)
 
 
 @triton.jit
 def _loss_of_row(
     X, target, n_cols, n_classes, smoothing, z_loss,
-    SMOOTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, HINT: tl.constexpr,
+    SMOOTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, HINT: tl.constexpr,
 ):  # fmt: skip
     """-> the loss of the row that X points to, its maximum and its sum of exponentials against that. PADDED: it has
     columns that are no class."""
@@ -57,7 +55,7 @@ def _loss_of_row(
     m = tl.full([BLOCK // LANE], -float("inf"), tl.float32)
     s = tl.zeros([BLOCK // LANE], tl.float32)
     total = tl.zeros([BLOCK // LANE], tl.float32)
-    for start in tl.range(0, n_classes, BLOCK, num_stages=STAGES):
+    for start in range(0, n_classes, BLOCK):
         col = start + element
         # Asked for by n_cols: up to an odd number of classes no vectors could be loaded.
         x = tl.load(X + col, mask=col < n_cols, other=-float("inf"), eviction_policy=HINT).to(tl.float32)
@@ -114,7 +112,7 @@ def _cross_entropy_fwd_kernel(
         tl.store(Losses + row, 0.0)
         return
     loss, row_max, row_sum = _loss_of_row(
-        X + row * x_stride, target, n_cols, n_classes, smoothing, z_loss, SMOOTH, PADDED, BLOCK, 1, ""
+        X + row * x_stride, target, n_cols, n_classes, smoothing, z_loss, SMOOTH, PADDED, BLOCK, ""
     )  # fmt: skip
     tl.store(Losses + row, loss)
     tl.store(Maxima + row, row_max)
@@ -124,8 +122,7 @@ def _cross_entropy_fwd_kernel(
 @triton.jit
 def _cross_entropy_fwd_bwd_kernel(
     X, Targets, Losses, x_stride, n_cols, n_classes, ignore_index, smoothing, z_loss,
-    SMOOTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, HINTS: tl.constexpr,
-    REVERSE: tl.constexpr,
+    SMOOTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """X: (rows, n_cols) with a row stride, overwritten by the gradient of the losses' sum; Targets: (rows,) int64;
     Losses: (rows,) fp32. A row a program, which is read twice, the second time from a cache. Rows to ignore are not
@@ -140,18 +137,15 @@ def _cross_entropy_fwd_bwd_kernel(
             col = start + element
             tl.store(X + col, tl.zeros([BLOCK // LANE, LANE], X.dtype.element_ty), mask=col < n_cols)
         return
-    KEEP: tl.constexpr = "evict_last" if HINTS else ""
-    LET_GO: tl.constexpr = "evict_first" if HINTS else ""
     loss, row_max, row_sum = _loss_of_row(
-        X, target, n_cols, n_classes, smoothing, z_loss, SMOOTH, PADDED, BLOCK, STAGES, KEEP
+        X, target, n_cols, n_classes, smoothing, z_loss, SMOOTH, PADDED, BLOCK, "evict_last"
     )  # fmt: skip
     tl.store(Losses + row, loss)
     tl.debug_barrier()  # no thread may write before all have read
     blocks = tl.cdiv(n_cols, BLOCK)
-    for i in tl.range(0, blocks, num_stages=STAGES):
-        # What was read last is the likeliest to be in a cache yet.
-        col = (blocks - 1 - i if REVERSE else i) * BLOCK + element
-        x = tl.load(X + col, mask=col < n_cols, other=0.0, eviction_policy=LET_GO).to(tl.float32)
+    for i in range(0, blocks):
+        col = (blocks - 1 - i) * BLOCK + element  # what was read last is the likeliest to be in a cache yet
+        x = tl.load(X + col, mask=col < n_cols, other=0.0, eviction_policy="evict_first").to(tl.float32)
         dx = _gradient(
             x, col, target, row_max, row_sum, 1.0, n_classes, smoothing, z_loss,
             X.dtype.element_ty == tl.float32, PADDED,
@@ -229,16 +223,14 @@ def row_losses_and_gradients(
     label_smoothing: float,
     z_loss: float,
     n_classes: int,
-    tile: Tile | None = None,
 ) -> None:
     """rows: (N, V), of unit stride in a row, become the gradient of the losses' sum; `losses` (N,) is filled."""
     n_rows, n_cols = rows.shape
     if n_rows > 0:
-        block, warps, stages, hints, reverse = tile or _tile(n_cols, rows.element_size())
+        tile = _tile(n_cols, rows.element_size())
         _cross_entropy_fwd_bwd_kernel[(n_rows,)](
             rows, targets, losses, rows.stride(0), n_cols, n_classes, ignore_index, label_smoothing, z_loss,
-            SMOOTH=label_smoothing != 0.0, PADDED=n_cols != n_classes, BLOCK=block, STAGES=stages, HINTS=hints,
-            REVERSE=reverse, num_warps=warps,
+            SMOOTH=label_smoothing != 0.0, PADDED=n_cols != n_classes, BLOCK=tile.block, num_warps=tile.warps,
         )  # fmt: skip
 
 
