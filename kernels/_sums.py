@@ -21,7 +21,7 @@ def _column_sums_kernel(X, Partials, x_stride, n_rows, n_cols, ROWS: tl.constexp
     """X: (n_rows, n_cols) with a row stride; Partials: (num_programs(1), n_cols) float32."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     sums = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(tl.program_id(1) * ROWS, n_rows, tl.num_programs(1) * ROWS):
+    for start in tl.range(tl.program_id(1) * ROWS, n_rows, tl.num_programs(1) * ROWS, num_stages=3):
         row = start + tl.arange(0, ROWS)[:, None].to(tl.int64)
         inside = (row < n_rows) & (column[None, :] < n_cols)
         sums += tl.load(X + row * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)

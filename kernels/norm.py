@@ -196,9 +196,10 @@ def _forward_tile(n_cols: int, rms: bool, has_residual: bool) -> Tile:
 
 
 def _backward_tile(n_cols: int) -> Tile:
-    """32 elements a lane; a warp for each 256 columns, up to 8, so that no sum over rows crosses warps."""
+    """32 elements a lane; a warp for each 256 columns, up to 8, or for 512 of a short row, so that no sum over rows
+    crosses warps."""
     block = max(16, triton.next_power_of_2(n_cols)) if n_cols <= MAX_HELD_ROW else 2048
-    warps = min(8, max(1, block // 256))
+    warps = max(1, block // 512) if block <= 1024 else min(8, block // 256)
     return Tile(1024 * warps // block, block, warps)
 
 
