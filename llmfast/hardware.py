@@ -45,7 +45,8 @@ PEAKS: dict[str, tuple[float, float, str]] = {
 class Device:
     """A device; a field that is not known is None.
 
-    `sms` counts multiprocessors, `peak_flops` is dense bf16 FLOP/s and `peak_bytes_per_s` the memory's, both published.
+    `sms` counts multiprocessors, `memory_bytes` all memory, whoever uses it; `peak_flops` is dense bf16 FLOP/s and
+    `peak_bytes_per_s` the memory's, both published.
     """
 
     type: str
@@ -90,7 +91,7 @@ def describe(device: torch.device | None = None) -> Device:
     device = default_device() if device is None else device
     if device.type != "cuda":
         name = _cpu_capabilities().get("cpu_name") or platform.processor() or platform.machine()
-        return Device(device.type, f"{name}, {os.cpu_count()} cores", None, None, None, None, None)
+        return Device(device.type, f"{name}, {os.cpu_count()} cores", None, None, _host_memory(), None, None)
     properties = torch.cuda.get_device_properties(device)
     flops, bytes_per_s, _ = PEAKS.get(properties.name, (None, None, None))
     return Device(
@@ -119,6 +120,21 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 def _cpu_capabilities() -> Mapping[str, Any]:
     """What PyTorch found of the CPU's instructions; nothing before PyTorch 2.12, which cannot be asked."""
     return getattr(torch.cpu, "get_capabilities", dict)()
+
+
+def _host_memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf, and not every system these names
+        return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device's memory or the host's was used up; PyTorch has a class for some of these errors only."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    texts = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
 def versions() -> dict[str, str | None]:

@@ -2,12 +2,17 @@
 
 import math
 import warnings
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import torch
 
+from .. import hardware
 from ..errors import InputError
 from ..models import GPT
+
+T = TypeVar("T")
 
 
 def bits_per_byte(
@@ -30,16 +35,23 @@ def bits_per_byte(
     was_training = model.training
     model.eval()
     try:
-        while True:
-            try:
-                return _nats(model, ids, targets, batch_size) / math.log(2) / n_bytes
-            except torch.OutOfMemoryError:
-                if batch_size == 1:
-                    raise
-                batch_size //= 2
-                warnings.warn(f"evaluation ran out of memory; now {batch_size} windows at once", stacklevel=2)
+        return halving(batch_size, lambda size: _nats(model, ids, targets, size)) / math.log(2) / n_bytes
     finally:
         model.train(was_training)
+
+
+def halving(batch_size: int, compute: Callable[[int], T]) -> T:
+    """compute(batch_size), or, while that runs out of memory, with half of it, down to 1; warns of each time."""
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; it must be positive")
+    while True:
+        try:
+            return compute(batch_size)
+        except (RuntimeError, MemoryError) as error:
+            if batch_size == 1 or not hardware.is_out_of_memory(error):
+                raise
+        batch_size //= 2
+        warnings.warn(f"evaluation ran out of memory; now {batch_size} windows at once", stacklevel=3)
 
 
 def _windows(tokens: np.ndarray, context: int, stride: int) -> tuple[np.ndarray, np.ndarray]:

@@ -53,21 +53,38 @@ def test_uniform_model_costs_log2_of_the_vocabulary(model: GPT) -> None:
     assert bits_per_byte(uniform, tokens, 80, CONTEXT) == pytest.approx(40 * 6 / 80)
 
 
-def test_out_of_memory_halves_the_batch(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens = np.arange(100, dtype=np.uint16) % 50
-    expected = bits_per_byte(model, tokens, 100, CONTEXT)
-    sizes, real = [], GPT.loss
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), MemoryError(), RuntimeError("can't allocate memory")])
+def test_out_of_memory_halves_the_batch(model: GPT, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    tokens = np.arange(200, dtype=np.uint16) % 50
+    scores = (
+        lambda: bits_per_byte(model, tokens, 100, CONTEXT, batch_size=8),
+        lambda: loss_by_position(model, tokens, CONTEXT, batch_size=8),
+    )
+    expected = [score() for score in scores]
+    sizes, real, most = [], GPT._hidden, 2
 
-    def limited(self, ids, targets):
+    def limited(self, ids, *args):
         sizes.append(len(ids))
-        if len(ids) > 2:
-            raise torch.OutOfMemoryError("too large")
-        return real(self, ids, targets)
+        if len(ids) > most:
+            raise error
+        return real(self, ids, *args)
 
-    monkeypatch.setattr(GPT, "loss", limited)
-    with pytest.warns(UserWarning, match="now [24] windows at once"):
-        assert bits_per_byte(model, tokens, 100, CONTEXT, batch_size=8) == pytest.approx(expected, rel=1e-6)
-    assert sizes[:3] == [8, 4, 2]
+    monkeypatch.setattr(GPT, "_hidden", limited)
+    for score, value in zip(scores, expected, strict=True):
+        sizes.clear()
+        with pytest.warns(UserWarning, match="now [24] windows at once"):
+            np.testing.assert_allclose(score(), value, rtol=1e-5)
+        assert sizes[:3] == [8, 4, 2]
+        sizes.clear()
+        most = 0
+        with pytest.raises(type(error)), pytest.warns(UserWarning, match="now 1 windows"):
+            score()
+        assert sizes == [8, 4, 2, 1]
+        most = 2
+    monkeypatch.setattr(GPT, "_hidden", lambda *args: (_ for _ in ()).throw(RuntimeError("another fault")))
+    for score in scores:
+        with pytest.raises(RuntimeError, match="another fault"):
+            score()
 
 
 @pytest.mark.parametrize(
