@@ -1,10 +1,14 @@
 """The decoder: token ids in, logits out."""
 
+import contextvars
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..errors import InputError
@@ -22,6 +26,9 @@ class GPT(nn.Module):
 
     Parameters are float32; activations are in `compute_dtype`, float32 by default. Matrices may be kept in
     `compute_dtype`, too: as each is rounded to it before use, no result depends on that.
+
+    Where `activation_checkpointing` is set, only what goes into a block is kept for the backward pass, which runs the
+    block once more, to the same bits.
     """
 
     rotary: Tensor | None
@@ -29,6 +36,7 @@ class GPT(nn.Module):
     def __init__(self, config: Config, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
+        self.activation_checkpointing = False
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
         learned = config.position == "learned"
         self.position_embedding = nn.Embedding(config.context_length, config.d_model) if learned else None
@@ -76,13 +84,21 @@ class GPT(nn.Module):
         if self.rotary is not None:
             rotary = [(cos, sin) for cos, sin in self.rotary[:, :, start : start + length]]
         branch, residual = None, self.dropout(x)
+        again = self.activation_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
-            branch, residual = block(branch, residual, rotary, cache)
+            run = self._checkpointed(block) if again else block
+            branch, residual = run(branch, residual, rotary, cache)
         if cache is not None:
             cache.advance(length)
         if last_only:
             branch, residual = (x[:, -1:] for x in (branch, residual))
         return self.norm(branch, residual)[0]
+
+    def _checkpointed(self, block: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
+        """`block`, of which only the inputs are kept. Its second run, in another thread on a GPU, has the first one's
+        choice of backend and random numbers."""
+        run = block if torch.compiler.is_compiling() else partial(contextvars.copy_context().run, block)
+        return partial(checkpoint, run, use_reentrant=False, preserve_rng_state=self.config.dropout > 0.0)
 
     def _head_weight(self, x: Tensor) -> Tensor:
         return (self.token_embedding if self.head is None else self.head).weight.to(x.dtype)
