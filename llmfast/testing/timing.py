@@ -62,10 +62,15 @@ def _host_milliseconds(function: Callable[[], object], budget_ms: float) -> floa
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """The copy bandwidth and the matrix-product rate of this device, on random data (zeros run faster)."""
-    n_bytes, n = (2**31, 8192) if device.type == "cuda" else (2**27, 1024)
+    n_bytes = 2**31 if device.type == "cuda" else 2**27
     source = torch.randint(0, 2**31 - 1, (n_bytes // 4,), dtype=torch.int32, device=device)
     target = torch.empty_like(source)
     copy_ms = milliseconds(lambda: target.copy_(source), device)
+    return Ceilings(2 * n_bytes / copy_ms * 1e3, matrix_product_flops(device, dtype))
+
+
+def matrix_product_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product on this device, measured in less than a second."""
+    n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    product_ms = milliseconds(lambda: a @ b, device)
-    return Ceilings(2 * n_bytes / copy_ms * 1e3, 2 * n**3 / product_ms * 1e3)
+    return 2 * n**3 / milliseconds(lambda: a @ b, device) * 1e3
