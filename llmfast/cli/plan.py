@@ -36,7 +36,7 @@ class Plan:
         for name in ("preset", "data"):
             if not isinstance(getattr(self, name), str):
                 raise InputError(f"{name} is {getattr(self, name)!r}; it must be a text")
-        self.training.check_fits(self.model.context_length)
+        self.training.check_fits(self.model)
 
     def to_dict(self) -> dict[str, Any]:
         nested = {"model": self.model.to_dict(), "training": self.training.to_dict()}

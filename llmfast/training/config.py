@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from ..errors import InputError
+from ..models import Config
 
 Schedule = Literal["cosine", "trapezoid"]
 OptimizerName = Literal["adamw", "muon"]
@@ -57,6 +58,8 @@ class TrainConfig:
     cuda_graph: bool = False
     """On a GPU, record the forward and backward pass of a batch once and replay it: saves launching its kernels, and
     keeps its memory for itself."""
+    activation_checkpointing: bool = False
+    """Keep of each block only what goes into it, and run it again in the backward pass: less memory for more time."""
     deterministic: bool = False
     """Refuse operations that may give other bits on the same machine (torch.use_deterministic_algorithms)."""
 
@@ -80,7 +83,7 @@ class TrainConfig:
         self._check("betas", pair and all(_is_number(b) and 0 <= b < 1 for b in self.betas), "two numbers in [0, 1)")
         budget = self.budget_seconds
         self._check("budget_seconds", budget is None or (_is_number(budget) and budget > 0), "positive and finite")
-        for name in ("cuda_graph", "deterministic"):
+        for name in ("cuda_graph", "activation_checkpointing", "deterministic"):
             self._check(name, isinstance(getattr(self, name), bool), "True or False")
 
     def _check(self, name: str, valid: bool, requirement: str) -> None:
@@ -91,9 +94,14 @@ class TrainConfig:
     def tokens_per_step(self) -> int:
         return self.batch_size * self.accumulation * self.context
 
-    def check_fits(self, context_length: int) -> None:
-        """Raise InputError if a model of `context_length` tokens cannot be trained with this."""
-        self._check("context", self.context <= context_length, f"at most {context_length}, the model's")
+    def check_fits(self, model: Config) -> None:
+        """Raise InputError if `model` cannot be trained with this."""
+        self._check("context", self.context <= model.context_length, f"at most {model.context_length}, the model's")
+        repeats = self.activation_checkpointing and model.dropout > 0.0
+        reason = f"a graph does not repeat the random numbers of dropout {model.dropout}"
+        self._check(
+            "cuda_graph", not (self.cuda_graph and repeats), f"False with activation_checkpointing, as {reason}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Values that survive JSON."""

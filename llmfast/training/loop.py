@@ -4,7 +4,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .. import __version__, environment
+from .. import __version__, environment, hardware
 from ..errors import CheckpointError, InputError, LLMFastError
 from ..models import GPT
 from ..weights import latest, save
@@ -21,6 +21,7 @@ from . import optim
 from .config import TrainConfig
 from .gradients import IGNORED, Gradients
 from .metrics import Evaluation, MetricsFile, Step
+from .trackers import Tracker
 
 STEPS_A_REPORT = 10  # losses stay on the device this long, or for a second, so that the host does not wait for it
 MAX_SKIPPED = 10  # updates in a row without a finite loss and gradient
@@ -54,25 +55,28 @@ def train(
     resume: bool,
     report: Report,
     corpus_hash: str = "",
+    trackers: Sequence[Tracker] = (),
 ) -> Result:
     """Train `model` in place until max_steps, the end of the budget, SIGTERM or SIGINT (a second SIGINT interrupts).
 
     `batches(i)` gives batch i, int64 (batch_size, context + 1) on the CPU, as a pure function of i: step n uses batches
     n * accumulation and on. In it -100 is padding. `evaluate` gives validation bits per byte.
 
-    Writes `run_dir/metrics.jsonl`, `run_dir/checkpoints/step-N` and, after each evaluation that is the best so far, its
-    weights in `run_dir/best/step-N`. With `resume` the newest undamaged checkpoint is continued. A failed save or an
+    Writes `run_dir/metrics.jsonl` (`trackers` get the same records), `run_dir/checkpoints/step-N` and, after each
+    evaluation that is the best so far, its weights in `run_dir/best/step-N`. With `resume` the newest undamaged
+    checkpoint is continued. A failed save or an
     evaluation that runs out of memory is reported and training goes on. An update whose loss or gradient is not finite,
     or whose gradient stands out (`spike_threshold`), is left out; ten in a row raise LLMFastError after a save.
     """
-    config.check_fits(model.config.context_length)
+    config.check_fits(model.config)
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     if config.deterministic:
         environment.make_cublas_deterministic()
     torch.use_deterministic_algorithms(config.deterministic or was_deterministic)
-    was_training = model.training
+    was_training, was_checkpointing = model.training, model.activation_checkpointing
+    model.activation_checkpointing = config.activation_checkpointing
     try:
-        run = _Run(model, config, batches, evaluate, run_dir, report, corpus_hash)
+        run = _Run(model, config, batches, evaluate, run_dir, report, corpus_hash, trackers)
         try:
             run.restore() if resume else torch.manual_seed(config.seed)
             with _stop_on_signal() as stop:
@@ -81,6 +85,7 @@ def train(
             run.optimizer.release()
     finally:
         model.train(was_training)
+        model.activation_checkpointing = was_checkpointing
         torch.use_deterministic_algorithms(was_deterministic)
 
 
@@ -96,13 +101,14 @@ class _Run:
         run_dir: Path,
         report: Report,
         corpus_hash: str,
+        trackers: Sequence[Tracker],
     ) -> None:
         self.model, self.config, self.batches, self.evaluate = model, config, batches, evaluate
         self.run_dir, self.report, self.corpus_hash = run_dir, report, corpus_hash
         self.device = model.token_embedding.weight.device
         self.optimizer = optim.Optimizer(model, config)
         self.gradients = Gradients(model, config.cuda_graph)
-        self.metrics = MetricsFile(run_dir / "metrics.jsonl")
+        self.trackers: list[Tracker] = [MetricsFile(run_dir / "metrics.jsonl"), *trackers]
         self.step, self.tokens, self.best_bpb = 0, 0, math.inf
         self.skipped_in_a_row = 0
         self.reported_tokens = 0
@@ -124,7 +130,8 @@ class _Run:
     def until(self, stopped: Callable[[], bool]) -> Result:
         first = self.step
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self.metrics.rewind(first, self.report.message)
+        for tracker in self.trackers:
+            tracker.rewind(first, self.report.message)
         self.reported_tokens = self.tokens
         while True:
             finished, interrupted = self.progress >= 1.0, stopped()
@@ -190,7 +197,9 @@ class _Run:
         self.report_steps()
         try:
             bpb = self.evaluate(self.model)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not hardware.is_out_of_memory(error):
+                raise
             self.report.message(f"evaluation at step {self.step} ran out of memory, training goes on: {_line(error)}")
         else:
             evaluation = Evaluation(self.step, self.tokens, bpb, self.seconds)
@@ -230,10 +239,11 @@ class _Run:
         return True
 
     def write(self, *records: Step | Evaluation) -> None:
-        try:
-            self.metrics.append(records)
-        except OSError as error:
-            self.report.message(f"training goes on without metrics of step {self.step}: {error}")
+        for tracker in self.trackers:
+            try:
+                tracker.append(records)
+            except OSError as error:
+                self.report.message(f"training goes on without metrics of step {self.step}: {error}")
 
     def restore(self) -> None:
         """Continue the newest undamaged checkpoint."""

@@ -50,7 +50,7 @@ class Progress:
     def evaluation(self, evaluation: Evaluation) -> None:
         self.val_bpb = evaluation.val_bpb
         self._print(
-            f"step {evaluation.step}  validation {evaluation.val_bpb:.4f} bits/byte  {_clock(evaluation.seconds)}"
+            f"step {evaluation.step}  validation {evaluation.val_bpb:.4f} bits/byte  {clock(evaluation.seconds)}"
         )
 
     def message(self, text: str) -> None:
@@ -67,7 +67,7 @@ class Progress:
         if self.live and self.val_bpb is not None:
             parts.append(f"val {self.val_bpb:.4f}")
         if left is not None:
-            parts.append(f"{_clock(left)} left")
+            parts.append(f"{clock(left)} left")
         return "  ".join(parts)
 
     def _seconds_left(self, now: float, progress: float) -> float | None:
@@ -79,7 +79,8 @@ class Progress:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as [h:]mm:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,5 +1,6 @@
 """The loop learns, weighs accumulated batches by tokens, skips what is not finite, and stops and fails as promised."""
 
+import errno
 import os
 import signal
 from collections.abc import Callable
@@ -183,12 +184,13 @@ def test_save_comes_before_evaluation_and_best_is_kept(tmp_path: Path) -> None:
     assert [(r["step"], r["val_bpb"]) for r in records] == [(2, 3.0), (4, 2.0), (6, 2.5), (8, 2.2)]
 
 
-def test_failed_save_and_evaluation_are_reported_and_training_goes_on(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError, RuntimeError])
+def test_failed_save_and_evaluation_are_reported_and_training_goes_on(kind: type, tmp_path: Path, monkeypatch) -> None:
     def no_space(*args, **kwargs):
         raise CheckpointError("disk full")
 
     def no_memory(model: GPT) -> float:
-        raise torch.OutOfMemoryError("out of memory\nand more")
+        raise kind("CUDA error: out of memory\nand more")
 
     report = Recorder()
     monkeypatch.setattr(loop, "save", no_space)
@@ -200,6 +202,35 @@ def test_failed_save_and_evaluation_are_reported_and_training_goes_on(tmp_path: 
         "evaluation at step 4 ran out of memory, training goes on",
     ]
     assert "and more" not in report.messages[2]
+
+
+def test_a_disk_that_fills_up_and_is_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file can be synced in steps 3 to 6; the checkpoint before, those after, and all metrics are there."""
+    kept, report = [], Recorder()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def data(index: int) -> Tensor:
+        if index == 2:
+            monkeypatch.setattr(os, "fsync", full)
+        if index == 6:
+            monkeypatch.undo()
+            kept.append(latest(tmp_path / "checkpoints", pytest.fail).step)
+        return batches(index)
+
+    result = run(
+        tmp_path, data=data, evaluate=lambda model: 1.0, report=report, max_steps=8, save_every=2, eval_every=4
+    )
+    assert result.step == 8 and len(losses(tmp_path)) == 8 and kept == [2]
+    assert [m.split(":")[0] for m in report.messages] == [
+        "training goes on without a checkpoint of step 4",  # of the state, then of the best weights
+        "training goes on without a checkpoint of step 4",
+        "training goes on without a checkpoint of step 6",
+    ]
+    assert all("(No space left on device); free space there" in m for m in report.messages)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-2", "step-8"]
+    assert latest(tmp_path / "best", pytest.fail).step == 8  # step 4's, as good, was not kept
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -235,6 +266,38 @@ def test_deterministic_is_set_and_put_back(tmp_path: Path) -> None:
 
     run(tmp_path, data=data, deterministic=True, max_steps=1)
     assert seen == [True] and not torch.are_deterministic_algorithms_enabled()
+
+
+def test_checkpointing_changes_no_bit_and_is_put_back(tmp_path: Path) -> None:
+    seen, models = [], {}
+    for again in (False, True):
+        models[again] = model = make_model(dropout=0.2)
+
+        def data(index: int, model: GPT = model) -> Tensor:
+            seen.append(model.activation_checkpointing)
+            return batches(index)
+
+        run(tmp_path / str(again), model, data=data, max_steps=4, accumulation=2, activation_checkpointing=again)
+    assert seen == [False] * 8 + [True] * 8 and not models[True].activation_checkpointing
+    assert losses(tmp_path / "True") == losses(tmp_path / "False")
+    assert all(torch.equal(p, q) for p, q in zip(weights(models[True]), weights(models[False]), strict=True))
+
+
+def test_no_graph_of_checkpointed_dropout(tmp_path: Path) -> None:
+    both = {"cuda_graph": True, "activation_checkpointing": True}
+    with pytest.raises(InputError, match="cuda_graph is True; it must be False .* dropout 0.2"):
+        run(tmp_path, make_model(dropout=0.2), **both)
+    assert run(tmp_path, max_steps=1, **both).step == 1  # without dropout
+
+
+@pytest.mark.gpu
+def test_a_graph_of_checkpointed_blocks(tmp_path: Path) -> None:
+    curves = []
+    for again in (False, True):
+        model, run_dir = make_model().to("cuda"), tmp_path / str(again)
+        run(run_dir, model, cuda_graph=True, deterministic=True, activation_checkpointing=again)
+        curves.append(losses(run_dir))
+    assert curves[0] == curves[1]
 
 
 def test_too_long_a_context_is_refused(tmp_path: Path) -> None:
