@@ -22,6 +22,7 @@ STEPS = 14
 class Silent:
     def __init__(self) -> None:
         self.messages: list[str] = []
+        self.batches: list[int] = []  # asked for
 
     def step(self, step: Step, progress: float) -> None: ...
 
@@ -50,6 +51,7 @@ def run(
     def batches(index: int) -> torch.Tensor:
         if index == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        report.batches.append(index)
         return torch.randint(0, 512, (2, 33), generator=torch.Generator().manual_seed(index))
 
     config = TrainConfig(
@@ -133,6 +135,7 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(uninterrupted: Path
     run_dir = shutil.copytree(killed, tmp_path / "run")
     report = run(run_dir, resume=True, bpb=(3.0, 5.0, 2.0))
     assert report.messages[0] == f"resumed {run_dir / 'checkpoints' / 'step-8'}"
+    assert report.batches == list(range(8 * 2, STEPS * 2))  # none of those before: resuming costs no data
     assert_same_run(uninterrupted, run_dir)
 
 
