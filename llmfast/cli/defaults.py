@@ -12,6 +12,8 @@ class Defaults:
     training: dict[str, Any]
     eval_tokens: int
     """Validation tokens that evaluations during training score; the last one scores all of them."""
+    auto_tokens: int
+    """Tokens at once at which the device is busy: `--batch-size auto` goes no further, however much memory is left."""
 
 
 DEFAULTS = {
@@ -28,6 +30,7 @@ DEFAULTS = {
             "save_every": 250,
         },
         eval_tokens=8_192,
+        auto_tokens=4_096,
     ),
     "cuda": Defaults(
         preset="small",
@@ -43,5 +46,6 @@ DEFAULTS = {
             "save_every": 1000,
         },
         eval_tokens=1_000_000,
+        auto_tokens=65_536,
     ),
 }

@@ -18,6 +18,7 @@ from ..models import GPT
 from ..tokenizers import Tokenizer
 from ..training.plots import draw_positions
 from .corpus import read_ladder
+from .memory import explaining_memory
 from .plan import Plan
 from .runs import load_model, read_config, run_folder
 
@@ -40,7 +41,8 @@ def evaluate(
         model, tokenizer = load_model(folder, where, hardware.compute_dtype(where), warn)
         data = Dataset.open(plan.data) if text is None else None
         tokens = data.tokens("val") if data else _encode(text, tokenizer)
-        with console.status("scoring"):
+        remedy = "give a smaller --context"  # the number of windows at once was halved already
+        with console.status("scoring"), explaining_memory(where, remedy):
             result = score(model, tokenizer, tokens, context or plan.training.context, batch_size)
     result["text"] = str(text) if text else f"validation text of {plan.data}"
     if data is not None:

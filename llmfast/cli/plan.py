@@ -8,13 +8,20 @@ from typing import Any
 
 import torch
 
+from .. import hardware
 from ..errors import InputError
 from ..models import Config, preset
+from ..models.gpt import MAX_LOGITS
+from ..testing.timing import matrix_product_flops
 from ..training import TrainConfig
+from ..training.progress import clock
 from .defaults import DEFAULTS
 from .runs import config_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+AUTO = "auto"  # for a batch size
+MEMORY_SHARE = 0.9  # of the device's memory that an automatic batch size fills; the estimate is rough
+PEAK_SHARE = 0.4  # of the matrix products' rate that training is expected to reach
 
 
 @dataclass(frozen=True)
@@ -52,16 +59,20 @@ class Plan:
             }
             return cls(**(values | nested))
 
+    def with_training(self, **changes: Any) -> "Plan":
+        """This plan with other values in fields of TrainConfig."""
+        return dataclasses.replace(self, training=dataclasses.replace(self.training, **changes))
+
 
 def make_plan(
-    kind: str, preset_name: str | None, dtype: str, data: str, vocab_size: int | None, **options: Any
+    device: hardware.Device, preset_name: str | None, dtype: str, data: str, vocab_size: int | None, **options: Any
 ) -> Plan:
-    """The defaults for device type `kind`, with the options that are not None in their place. They are TrainConfig's
-    fields, and `tokens`, from which max_steps is made.
+    """The defaults for the type of `device`, with the options that are not None in their place. They are TrainConfig's
+    fields, where batch_size may be AUTO, and `tokens`, from which max_steps is made.
 
     The model gets the vocabulary of the data, `vocab_size`, exactly; None keeps the preset's.
     """
-    defaults = DEFAULTS[kind]
+    defaults = DEFAULTS[device.type]
     name = preset_name or defaults.preset
     model = preset(name, **({} if vocab_size is None else {"vocab_size": vocab_size}))
     given = {key: value for key, value in options.items() if value is not None}
@@ -73,23 +84,51 @@ def make_plan(
     if given.get("max_steps") is not None and "budget_seconds" not in given:
         given["budget_seconds"] = None  # asked for steps: do them, however long they take
     fitting = {"context": min(defaults.training["context"], model.context_length)}
-    training = TrainConfig(**(defaults.training | fitting | given))
+    automatic = given.get("batch_size") == AUTO
+    if automatic:
+        given["batch_size"] = 1
+    plan = Plan(name, model, TrainConfig(**(defaults.training | fitting | given)), dtype, data, defaults.eval_tokens)
+    if automatic:
+        plan = _with_largest_batch(plan, device.memory_bytes or math.inf, defaults.auto_tokens)
     if tokens is not None:
-        training = dataclasses.replace(training, max_steps=math.ceil(tokens / training.tokens_per_step))
-    return Plan(name, model, training, dtype, data, defaults.eval_tokens)
+        plan = plan.with_training(max_steps=math.ceil(tokens / plan.training.tokens_per_step))
+    return plan
+
+
+def _with_largest_batch(plan: Plan, memory: float, max_tokens: int) -> Plan:
+    """The plan with the largest power of two for batch_size that `memory` bytes and `max_tokens` at once allow."""
+    twice = plan.with_training(batch_size=2 * plan.training.batch_size)
+    tokens = twice.training.batch_size * twice.training.context
+    if tokens > max_tokens or memory_bytes(twice) > MEMORY_SHARE * memory:
+        return plan
+    return _with_largest_batch(twice, memory, max_tokens)
 
 
 def memory_bytes(plan: Plan) -> int:
-    """A rough estimate of what training needs on the device.
+    """A rough estimate of what training needs on the device: within a tenth of a GPU's measured peak for GPT-2.
 
-    16 bytes a parameter (float32 weight, gradient and AdamW's two moments); 17 values a token, layer and model
-    dimension kept for the backward pass (34 bytes in 16 bits, https://arxiv.org/abs/2205.05198, without the attention
-    matrix, which fused attention does not keep); the logits and their gradient, and a float32 copy.
+    16 bytes a parameter (float32 weight, gradient and AdamW's two moments), 4 more where batches are added up; what
+    the blocks keep for the backward pass, all of them or, with activation checkpointing, one and the others' inputs;
+    and the logits, which their gradient replaces, or a chunk of them and the head's gradient in float32.
     """
-    size = DTYPES[plan.dtype].itemsize
-    tokens = plan.training.batch_size * plan.training.context
-    activations = 17 * size * tokens * plan.model.n_layer * plan.model.d_model
-    return 16 * plan.model.n_params + activations + tokens * plan.model.vocab_size * (2 * size + 4)
+    model, training, size = plan.model, plan.training, DTYPES[plan.dtype].itemsize
+    tokens = training.batch_size * training.context
+    parameters = model.n_params * (20 if training.accumulation > 1 else 16)
+    kept = model.n_layer * _kept(model, size)
+    if training.activation_checkpointing:
+        kept = _kept(model, size) + model.n_layer * 2 * model.d_model * size
+    logits = tokens * model.vocab_size * size
+    if logits > MAX_LOGITS and not model.logit_softcap:
+        logits = logits // 8 + 4 * model.vocab_size * model.d_model
+    return parameters + tokens * kept + logits
+
+
+def _kept(model: Config, size: int) -> int:
+    """Bytes a token that a block keeps for the backward pass, in values of `size` bytes: two sums and their norms; q,
+    k, v and what attention makes of them; gate and up; and dropout's two masks."""
+    heads = 2 * model.n_head * model.head_dim + 2 * model.n_kv_head * model.head_dim
+    values = 4 * model.d_model + heads + (2 if model.gated else 1) * model.d_mlp
+    return values * size + (2 * model.d_model if model.dropout else 0)
 
 
 def describe(plan: Plan) -> str:
@@ -106,3 +145,18 @@ def describe(plan: Plan) -> str:
             f"run: {training.max_steps:,} steps{budget}",
         )
     )
+
+
+def expected_time(plan: Plan, where: torch.device) -> str:
+    """A line: how long the steps take, evaluations and saves left out, at PEAK_SHARE of the device's published bfloat16
+    peak or, where that is not known or not meant, of a matrix product's rate, measured now."""
+    device, training = hardware.describe(where), plan.training
+    published = device.peak_flops if plan.dtype == "bfloat16" else None
+    rate = published or matrix_product_flops(where, DTYPES[plan.dtype])
+    flops = plan.model.flops_per_token(training.context) * (4 / 3 if training.activation_checkpointing else 1)
+    step = training.tokens_per_step * flops / (PEAK_SHARE * rate)  # seconds
+    budget, time = training.budget_seconds, clock(training.max_steps * step)
+    if budget is not None and budget < training.max_steps * step:
+        time = f"{clock(budget)}, enough for {budget / step:,.0f} steps"
+    source = f"TFLOP/s {'published' if published else 'measured now'} for {plan.dtype} products"
+    return f"time: about {time}, at {PEAK_SHARE:.0%} of the {rate / 1e12:.3g} {source}"

@@ -1,13 +1,15 @@
 """`llmfast train`: prepare the data, train, evaluate, and leave a run folder that explains itself."""
 
+import gc
 import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,13 +31,18 @@ from ..training import train as run_loop
 from ..training.metrics import read_metrics
 from ..training.plots import draw_loss
 from ..training.progress import Progress
+from ..training.trackers import TensorBoard, Tracker
 from .backends import explain_ops
 from .corpus import is_data_folder, open_data, read_ladder
 from .defaults import DEFAULTS
 from .generate import stream
-from .plan import DTYPES, Plan, describe, make_plan
-from .runs import CONFIG, LOCK, METRICS, RUNS, load_model, locked, read_config, run_folder
+from .memory import explaining_memory
+from .plan import AUTO, DTYPES, Plan, describe, expected_time, make_plan
+from .runs import CHECKPOINTS, CONFIG, LOCK, METRICS, RUNS, load_model, locked, read_config, run_folder
 
+MEMORY_REMEDY = (
+    "give a smaller --batch-size and a larger --accumulation to make up for it, or --activation-checkpointing"
+)
 SAMPLE_PROMPT_TOKENS = 24  # of the validation text, which the finished model continues
 
 
@@ -49,11 +56,14 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Updates of the weights.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens to train on, in place of --steps.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Wall-clock time in which training ends.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences computed at once.")] = None,
+    batch_size: Annotated[str | None, typer.Option(help="Sequences at once; auto is as many as fit.")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
     accumulation: Annotated[int | None, typer.Option(help="Batches a step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="The highest learning rate.")] = None,
     optim: Annotated[str | None, typer.Option(help="adamw, or muon for the matrices of the blocks.")] = None,
+    spike_threshold: Annotated[
+        float | None, typer.Option(help="Leave out updates this many deviations above recent gradient norms.")
+    ] = None,
     schedule: Annotated[str | None, typer.Option(help="cosine or trapezoid, how the learning rate falls.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, data order and dropout.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16, what the model computes in.")] = None,
@@ -61,63 +71,85 @@ def train(
     backend: Annotated[str | None, typer.Option(help="Kernel backend: auto, reference, triton.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail where auto would fall back to the reference.")] = False,
     cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Replay a GPU's passes as one graph.")] = False,
+    activation_checkpointing: Annotated[
+        bool, typer.Option("--activation-checkpointing", help="Less memory for more time: run blocks twice.")
+    ] = False,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="The same bits each time.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write records for TensorBoard.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would cost, and exit.")] = False,
 ) -> None:
     """Train a model; with no arguments, the main job on Python's own source."""
-    console, where = Console(), hardware.device(device)
+    where = hardware.device(device)
     if tokens is not None and steps is not None:
         raise InputError(f"--tokens {tokens} and --steps {steps} say the same in two ways; give one of them")
     options = {
         "tokens": tokens,
         "max_steps": steps,
         "budget_seconds": None if minutes is None else minutes * 60,
-        "batch_size": batch_size,
+        "batch_size": _batch_size(batch_size),
         "context": context,
         "accumulation": accumulation,
         "learning_rate": learning_rate,
         "optimizer": optim,
         "schedule": schedule,
+        "spike_threshold": spike_threshold,
         "seed": seed,
         "cuda_graph": cuda_graph or None,
+        "activation_checkpointing": activation_checkpointing or None,
         "deterministic": deterministic or None,
     }
     with ops.use_backend(backend or ops.current_backend(), strict=strict):
         if resume is not None:
             fixed = options | {"preset": preset, "out": out, "dtype": dtype, "data": None if data == STDLIB else data}
-            run_dir = _run_to_resume(resume, fixed)
-            plan = Plan.from_dict(read_config(run_dir), run_dir)
-            data_of_run = Dataset.open(plan.data)
-            with locked(run_dir):
-                _run(plan, data_of_run, run_dir, True, where, console)
+            _resume(resume, fixed, where, tensorboard, dry_run)
             return
         dtype = dtype or str(hardware.compute_dtype(where)).removeprefix("torch.")
+        planned = partial(make_plan, hardware.describe(where), preset, dtype, **options)
         if dry_run:
-            vocab_size = Manifest.load(Path(data)).vocab_size if is_data_folder(data) else None
-            print(describe(make_plan(where.type, preset, dtype, data, vocab_size, **options)))
+            _print_cost(planned(data, Manifest.load(Path(data)).vocab_size if is_data_folder(data) else None), where)
             return
-        # Refuse bad options before preparing the data.
-        name = make_plan(where.type, preset, dtype, data, None, **options).preset
+        name = planned(data, None).preset  # refuses bad options before preparing the data
         folder = out or RUNS / f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
         _check_new(folder)
+        trackers, console = _trackers(folder, tensorboard), Console()
         dataset = open_data(data, _vocab_size(preset, where), console)
-        plan = make_plan(
-            where.type, preset, dtype, str(dataset.folder.resolve()), dataset.manifest.vocab_size, **options
-        )
+        plan = planned(str(dataset.folder.resolve()), dataset.manifest.vocab_size)
         dataset.batch("train", 0, 1, plan.training.context, 0)  # refuses a text shorter than a context
         with _new_run(folder, plan):
-            _run(plan, dataset, folder, False, where, console)
+            _run(plan, dataset, folder, where, console, trackers, halve=batch_size == AUTO)
+
+
+def _batch_size(text: str | None) -> int | str | None:
+    try:
+        return text if text in (None, AUTO) else int(text)
+    except ValueError:
+        raise InputError(f"batch_size is {text!r}; give a number or {AUTO}") from None
 
 
 def _vocab_size(name: str | None, device: torch.device) -> int:
     return preset(name or DEFAULTS[device.type].preset).vocab_size
 
 
-def _run_to_resume(name: str, fixed: dict[str, Any]) -> Path:
+def _trackers(folder: Path, tensorboard: bool) -> list[Tracker]:
+    return [TensorBoard(folder / "tensorboard")] if tensorboard else []
+
+
+def _print_cost(plan: Plan, where: torch.device) -> None:
+    print(describe(plan), expected_time(plan, where), sep="\n")
+
+
+def _resume(name: str, fixed: dict[str, Any], where: torch.device, tensorboard: bool, dry_run: bool) -> None:
     given = [key for key, value in fixed.items() if value is not None]
     if given:
         raise InputError(f"--resume continues a run as it was configured; leave out: {', '.join(given)}")
-    return run_folder(None if name == "auto" else name)
+    run_dir = run_folder(None if name == "auto" else name)
+    plan = Plan.from_dict(read_config(run_dir), run_dir)
+    if dry_run:
+        _print_cost(plan, where)
+        return
+    trackers, data = _trackers(run_dir, tensorboard), Dataset.open(plan.data)
+    with locked(run_dir):
+        _run(plan, data, run_dir, where, Console(), trackers, resume=True)
 
 
 def _check_new(folder: Path) -> None:
@@ -138,47 +170,51 @@ def _new_run(folder: Path, plan: Plan) -> Iterator[None]:
             _write_json(folder / CONFIG, plan.to_dict())
             yield
         except BaseException:
-            if not (folder / METRICS).exists() and not (folder / "checkpoints").exists():
+            if not _has_begun(folder):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
 
-def _run(plan: Plan, data: Dataset, run_dir: Path, resume: bool, device: torch.device, console: Console) -> None:
-    """Train, and unless a signal stopped it, evaluate the best weights and show what they do."""
-    started, training, properties = time.perf_counter(), plan.training, hardware.describe(device)
+def _has_begun(folder: Path) -> bool:
+    """Whether the run has anything to show for itself."""
+    return (folder / METRICS).exists() or (folder / CHECKPOINTS).exists()
+
+
+def _run(
+    plan: Plan,
+    data: Dataset,
+    run_dir: Path,
+    device: torch.device,
+    console: Console,
+    trackers: Sequence[Tracker],
+    *,
+    resume: bool = False,
+    halve: bool = False,
+) -> None:
+    """Train, and unless a signal stopped it, evaluate the best weights and show what they do. Where memory runs out at
+    the start, `halve` the batch."""
+    started, properties = time.perf_counter(), hardware.describe(device)
     record: dict[str, Any] = {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "corpus": {"source": data.manifest.source, "hash": data.manifest.corpus_hash},
         "versions": hardware.versions(),
         "device": asdict(properties),
         "backend": ops.current_backend(),
-        "ops": explain_ops(plan.model, 1, training.context, device, DTYPES[plan.dtype]),
+        "ops": explain_ops(plan.model, 1, plan.training.context, device, DTYPES[plan.dtype]),
     }
     _write_json(run_dir / "record.json", record)
     console.print(describe(plan), f"on {properties.name}, in {run_dir}", sep="\n", highlight=False, soft_wrap=True)
-
-    peak = properties.peak_flops if plan.dtype == "bfloat16" else None
-    try:
-        torch.manual_seed(training.seed)
-        model = GPT(plan.model, DTYPES[plan.dtype]).to(device)
-        with Progress(console, training.max_steps, plan.model.flops_per_token(training.context), peak) as report:
-            result = run_loop(
-                model,
-                training,
-                lambda i: torch.from_numpy(
-                    data.batch("train", i, training.batch_size, training.context, training.seed)
-                ),
-                evaluate=lambda m: _evaluate(m, data, plan, plan.eval_tokens, training.context),
-                run_dir=run_dir,
-                resume=resume,
-                report=report,
-                corpus_hash=data.manifest.corpus_hash,
-            )
-    except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        remedy = "give a smaller --batch-size, and a larger --accumulation to make up for it"
-        raise InputError(f"{properties.name} ran out of memory; {remedy}") from error
+    with explaining_memory(device, MEMORY_REMEDY):
+        while True:
+            try:
+                result = _train(plan, data, run_dir, device, console, trackers, resume)
+                break
+            except (RuntimeError, MemoryError) as error:
+                can_halve = halve and plan.training.batch_size > 1 and not _has_begun(run_dir)
+                if not (can_halve and hardware.is_out_of_memory(error)):
+                    raise
+            gc.collect()  # frames in cycles, which importing left, hold on to the model
+            plan = _halved(plan, run_dir, console)
     if result.interrupted:
         _write_json(run_dir / "record.json", record | {"result": asdict(result)})
         if records := read_metrics(run_dir / METRICS):
@@ -188,12 +224,46 @@ def _run(plan: Plan, data: Dataset, run_dir: Path, resume: bool, device: torch.d
         )
         return
     record["result"] = asdict(result) | {"seconds": round(time.perf_counter() - started, 2)}
-    _finish(plan, data, run_dir, device, console, record, result)
+    with explaining_memory(device, MEMORY_REMEDY):
+        _finish(plan, data, run_dir, device, console, record, result)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """Of the GPU or of the host, for which PyTorch has no class of its own."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+def _halved(plan: Plan, run_dir: Path, console: Console) -> Plan:
+    """The plan with half the batch and twice as many of them, the run's from now on: its steps are the same."""
+    before = plan.training
+    plan = plan.with_training(batch_size=before.batch_size // 2, accumulation=2 * before.accumulation)
+    _write_json(run_dir / CONFIG, plan.to_dict())
+    now = f"{plan.training.accumulation} batches of {plan.training.batch_size} a step"
+    console.print(f"{before.batch_size} sequences at once do not fit the memory; now {now}", soft_wrap=True)
+    return plan
+
+
+def _train(
+    plan: Plan,
+    data: Dataset,
+    run_dir: Path,
+    device: torch.device,
+    console: Console,
+    trackers: Sequence[Tracker],
+    resume: bool,
+) -> Result:
+    """The loop, over a new model."""
+    training = plan.training
+    torch.manual_seed(training.seed)
+    model = GPT(plan.model, DTYPES[plan.dtype]).to(device)
+    peak = hardware.describe(device).peak_flops if plan.dtype == "bfloat16" else None
+    with Progress(console, training.max_steps, plan.model.flops_per_token(training.context), peak) as report:
+        return run_loop(
+            model,
+            training,
+            lambda i: torch.from_numpy(data.batch("train", i, training.batch_size, training.context, training.seed)),
+            evaluate=lambda m: _evaluate(m, data, plan, plan.eval_tokens, training.context),
+            run_dir=run_dir,
+            resume=resume,
+            report=report,
+            corpus_hash=data.manifest.corpus_hash,
+            trackers=trackers,
+        )
 
 
 def _finish(

@@ -2,20 +2,19 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from llmfast import __version__
-from llmfast.cli.main import COMMANDS, main
+from llmfast.cli.main import COMMANDS
 from llmfast.data import Dataset
 from llmfast.errors import InputError
 from llmfast.training.metrics import read_metrics
@@ -23,47 +22,6 @@ from llmfast.training.metrics import read_metrics
 Cli = Callable[..., tuple[int, str, str]]
 
 TRAIN = ("--preset", "tiny", "--device", "cpu", "--context", "32", "--batch-size", "4")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    patch = pytest.MonkeyPatch()
-    patch.setenv("LLMFAST_CACHE", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 kB of words, repeated often enough to be learned from."""
-    words = [f"w{n}" for n in range(200)]
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    generator = random.Random(0)
-    path.write_text("\n".join(" ".join(generator.choices(words, k=8)) for _ in range(1300)))
-    return path
-
-
-@pytest.fixture(scope="module")
-def data(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from llmfast.data import prepare
-
-    folder = tmp_path_factory.mktemp("data") / "words"
-    prepare(str(text), folder, vocab_size=512)
-    return folder
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
-    """Run `llmfast` in this process: (exit code, stdout, stderr)."""
-
-    def run(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["llmfast", *map(str, args)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capfd.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return run
 
 
 def process(*args: object, cwd: Path) -> subprocess.Popen[str]:

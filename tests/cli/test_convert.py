@@ -10,25 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmfast.cli.main import main
 from llmfast.models import GPT, preset
 from llmfast.tokenizers import Tokenizer
 from llmfast.weights import save, save_pretrained
 
 Cli = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
-    """Run `llmfast` in this process: (exit code, stdout, stderr)."""
-
-    def run(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["llmfast", *map(str, args)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return (int(stopped.value.code or 0), *capfd.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="module")

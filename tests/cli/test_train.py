@@ -1,0 +1,87 @@
+"""Options of `llmfast train`, and `--resume auto` of a damaged run."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llmfast.training.metrics import read_metrics
+
+Cli = Callable[..., tuple[int, str, str]]
+
+TRAIN = ("--preset", "tiny", "--device", "cpu", "--context", "32", "--batch-size", "4")
+
+
+def refused(result: tuple[int, str, str], *parts: str) -> None:
+    code, _, err = result
+    assert code == 2 and err.startswith("llmfast: error: ") and err.count("\n") == 1, err
+    assert all(part in err for part in parts), err
+
+
+def test_options_reach_the_configuration(data: Path, tmp_path: Path, cli: Cli) -> None:
+    options = ("--spike-threshold", 6, "--activation-checkpointing", "--steps", 2)
+    code, out, _ = cli("train", "--data", data, *TRAIN, *options, "--out", tmp_path / "run")
+    training = json.loads((tmp_path / "run" / "config.json").read_text())["training"]
+    assert code == 0 and training["spike_threshold"] == 6.0 and training["activation_checkpointing"] is True
+    refused(cli("train", "--resume", tmp_path / "run", *options[:2]), "leave out: spike_threshold")
+    refused(cli("train", "--data", data, *TRAIN, "--spike-threshold", 0), "spike_threshold is 0.0; it must be positive")
+    refused(cli("train", "--data", data, "--batch-size", "many"), "batch_size is 'many'; give a number or auto")
+    graph = ("--preset", "small", "--cuda-graph", "--activation-checkpointing")
+    refused(cli("train", "--data", data, *graph), "cuda_graph is True; it must be False with activation_checkpointing")
+
+
+def test_dry_run_tells_parameters_memory_and_time(data: Path, tmp_path: Path, cli: Cli) -> None:
+    code, out, _ = cli("train", "--data", data, *TRAIN, "--steps", 9, "--dry-run")
+    lines = out.splitlines()
+    assert code == 0 and [line.split(":")[0] for line in lines] == ["model", "memory", "step", "run", "time"]
+    assert " parameters" in lines[0] and " GiB to train" in lines[1] and "TFLOP/s measured now" in lines[4]
+    auto = ("--batch-size", "auto", "--steps", 9, "--dry-run")
+    assert "step: 4,096 tokens (128 sequences x 1 batch" in cli("train", "--data", data, *TRAIN[:-2], *auto)[1]
+    assert cli("train", "--data", data, *TRAIN, "--steps", 2, "--out", tmp_path / "run")[0] == 0
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    code, out, _ = cli("train", "--resume", tmp_path / "run", "--dry-run")
+    assert code == 0 and "run: 2 steps" in out and out.splitlines()[-1].startswith("time: about 0:00")
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_tensorboard(data: Path, text: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    run, events = tmp_path / "run", tmp_path / "run" / "tensorboard"
+    assert cli("train", "--data", data, *TRAIN, "--steps", 2, "--tensorboard", "--out", run)[0] == 0
+    assert len(list(events.iterdir())) == 1 and len(read_metrics(run / "metrics.jsonl")) == 3
+    assert cli("train", "--resume", run, "--tensorboard")[0] == 0 and len(list(events.iterdir())) == 2
+    assert cli("train", "--resume", run)[0] == 0 and len(list(events.iterdir())) == 2
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    new = ("train", "--data", text, *TRAIN, "--steps", 1, "--tensorboard", "--out", tmp_path / "new")
+    result = cli(*new)
+    refused(result, "TensorBoard's package is missing", "pip install tensorboard")
+    assert "preparing" not in result[1] and not (tmp_path / "new").exists()
+
+
+def test_resume_auto_passes_over_damage_of_the_newest_run(
+    data: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest checkpoint is cut short, as by a disk that lied: the one before it is continued, to the same end."""
+    from llmfast.cli.defaults import DEFAULTS
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(DEFAULTS["cpu"].training, "save_every", 4)
+    options = ("train", "--data", data, *TRAIN, "--steps", 8)
+    for name in ("older", "newer"):
+        assert cli(*options, "--out", f"runs/{name}")[0] == 0
+    before = read_metrics(Path("runs/newer/metrics.jsonl"))
+    assert sorted(p.name for p in Path("runs/newer/checkpoints").iterdir()) == ["step-4", "step-8"]
+    state = Path("runs/newer/checkpoints/step-8/optimizer.safetensors")
+    state.write_bytes(state.read_bytes()[:-1])
+    code, out, _ = cli("train", "--resume", "auto", "--device", "cpu")
+    assert code == 0
+    assert "passed over a damaged checkpoint: runs/newer/checkpoints/step-8/optimizer.safetensors" in out
+    assert "resumed runs/newer/checkpoints/step-4" in out
+    after = read_metrics(Path("runs/newer/metrics.jsonl"))
+    keys = ("step", "loss", "grad_norm", "val_bpb")
+    assert [[r.get(key) for key in keys] for r in after] == [[r.get(key) for key in keys] for r in before]
+    shutil.rmtree("runs/newer/checkpoints")
+    refused(cli("train", "--resume", "auto", "--device", "cpu"), "holds no checkpoint; start a new run")
