@@ -15,12 +15,14 @@ from ..data import Dataset
 from ..errors import InputError
 from ..files import write_atomic
 from ..models import GPT
-from ..tokenizers import Tokenizer
+from ..tokenizers import PretrainedTokenizer, Tokenizer
 from ..training.plots import draw_positions
 from .corpus import read_ladder
 from .memory import explaining_memory
 from .plan import Plan
-from .runs import load_model, read_config, run_folder
+from .runs import is_imported, load_model, read_config, run_folder
+
+IMPORTED_CONTEXT = 1024  # tokens, at most, for a model that was imported: no run says how many it shall see
 
 
 def evaluate(
@@ -35,16 +37,20 @@ def evaluate(
 ) -> None:
     """Bits per byte and loss of a run's model on a text, beside the baselines, and its loss by position."""
     console, where, folder = Console(), hardware.device(device), run_folder(run)
-    plan = Plan.from_dict(read_config(folder), folder)
+    imported = is_imported(folder)
+    if imported and text is None:
+        raise InputError(f"{folder}: was imported and has no validation text; give --text")
+    plan = None if imported else Plan.from_dict(read_config(folder), folder)
     with ops.use_backend(backend or ops.current_backend()):
         warn = lambda message: console.print(message, highlight=False, markup=False, soft_wrap=True)  # noqa: E731
         model, tokenizer = load_model(folder, where, hardware.compute_dtype(where), warn)
-        data = Dataset.open(plan.data) if text is None else None
-        tokens = data.tokens("val") if data else _encode(text, tokenizer)
+        data = Dataset.open(plan.data) if plan and text is None else None
+        tokens, n_bytes = _validation(data) if data else _encode(text, tokenizer)
+        usual = plan.training.context if plan else min(model.config.context_length, IMPORTED_CONTEXT)
         remedy = "give a smaller --context"  # the number of windows at once was halved already
         with console.status("scoring"), explaining_memory(where, remedy):
-            result = score(model, tokenizer, tokens, context or plan.training.context, batch_size)
-    result["text"] = str(text) if text else f"validation text of {plan.data}"
+            result = score(model, tokens, n_bytes, context or usual, batch_size)
+    result["text"] = f"validation text of {data.folder}" if data else str(text)
     if data is not None:
         result["ladder"] = {rung.name: rung.bits_per_byte for rung in read_ladder(data, console)}
     console.print(f"{result['text']}: {result['tokens']:,} tokens, {result['bytes']:,} bytes", highlight=False)
@@ -57,10 +63,9 @@ def evaluate(
         write_atomic(json_file, (json.dumps(result, indent=1) + "\n").encode())
 
 
-def score(model: GPT, tokenizer: Tokenizer, tokens: np.ndarray, context: int, batch_size: int) -> dict[str, Any]:
-    """What `evaluate` prints, of tokens behind an end of text: bits per byte over windows that advance by half."""
-    n_bytes = len(tokenizer.decode_bytes(tokens[tokens != tokenizer.eot_id]))
-    tokens = np.concatenate(([tokenizer.eot_id], tokens))
+def score(model: GPT, tokens: np.ndarray, n_bytes: int, context: int, batch_size: int) -> dict[str, Any]:
+    """What `evaluate` prints, of a text of `n_bytes` and all tokens but the first, which it begins after: bits per byte
+    over windows that advance by half."""
     bpb = evals.bits_per_byte(model, tokens, n_bytes, context, None, batch_size)
     by_position = evals.loss_by_position(model, tokens, min(context, len(tokens) - 1), batch_size)
     return {
@@ -73,15 +78,22 @@ def score(model: GPT, tokenizer: Tokenizer, tokens: np.ndarray, context: int, ba
     }
 
 
-def _encode(path: Path | None, tokenizer: Tokenizer) -> np.ndarray:
+def _validation(data: Dataset) -> tuple[np.ndarray, int]:
+    """The validation text behind an end of text, and how many bytes it has."""
+    tokens, end = data.tokens("val"), data.tokenizer.eot_id
+    return np.concatenate(([end], tokens)), len(data.tokenizer.decode_bytes(tokens[tokens != end]))
+
+
+def _encode(path: Path | None, tokenizer: Tokenizer | PretrainedTokenizer) -> tuple[np.ndarray, int]:
+    """A file's text as the model would be given it, up to what ends one, and how many bytes it has."""
     assert path is not None
     try:
-        ids = tokenizer.encode(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: is not UTF-8 text (byte {error.start}); convert it first") from None
-    if len(ids) < 1:
+    if not text:
         raise InputError(f"{path}: is empty; give a text")
-    return np.array([*ids, tokenizer.eot_id])
+    return np.array([*tokenizer.prompt_ids(text), *sorted(tokenizer.stop_ids)[:1]]), len(text.encode())
 
 
 def _baselines(result: dict[str, Any]) -> Table:
