@@ -1,4 +1,5 @@
-"""What the kernels share: an accurate exponential, block sizes for row kernels, row views, facts of the device."""
+"""What the kernels share: an accurate exponential, block sizes for row kernels, row views, new tensors, facts of the
+device."""
 
 import functools
 
@@ -27,6 +28,16 @@ def exponential(x, EXACT: tl.constexpr):
     return tl.exp2(x * LOG2E)
 
 
+def cdiv(n: int, d: int) -> int:
+    """n / d, rounded up. Triton's, which also works inside kernels, takes the host 2 us; so does its power of 2."""
+    return -(-n // d)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of 2 that is not less than n > 0."""
+    return 1 << (n - 1).bit_length()
+
+
 def row_settings(n_cols: int) -> tuple[int, int, int]:
     """(rows per program, columns per block, warps) for a kernel over rows of `n_cols` elements.
 
@@ -38,7 +49,7 @@ def row_settings(n_cols: int) -> tuple[int, int, int]:
         raise ValueError(f"row_settings: n_cols is {n_cols}; a row must hold at least one element")
     if n_cols > MAX_ROW_IN_REGISTERS:
         return 1, 8192, 16
-    block = max(16, triton.next_power_of_2(n_cols))
+    block = max(16, next_power_of_2(n_cols))
     rows = max(1, min(16, 2048 // block))
     warps = min(32, max(2, rows * block // 512))
     return rows, block, warps
@@ -48,6 +59,20 @@ def as_rows(x: Tensor) -> Tensor:
     """x as (rows, N) with unit stride in a row: a view where its strides allow, else a copy."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def rows_apart(x: Tensor) -> tuple[Tensor, int]:
+    """What a kernel reads the rows of x from, and how many elements they lie apart: x itself, which costs no view,
+    where it is contiguous."""
+    if x.is_contiguous():
+        return x, x.shape[-1] if x.dim() else 1
+    rows = as_rows(x)
+    return rows, rows.stride(0)
+
+
+def new_like(x: Tensor) -> Tensor:
+    """Memory for a tensor of x's shape and dtype, contiguous."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def gradients_like(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
@@ -60,12 +85,21 @@ def gradients_like(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     if alike and ends[:2] == [k.data_ptr(), v.data_ptr()] and q.stride(2) == q.shape[3]:
         together = torch.empty((*q.shape[:2], sum(heads), q.shape[3]), dtype=q.dtype, device=q.device)
         return together.split(heads, dim=2)
-    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors)
+    return tuple(map(new_like, tensors))
 
 
-def architecture() -> int:
-    """Compute capability of the current device, as 90 for 9.0; 80 in the CPU interpreter."""
+def architecture(device: torch.device) -> int:
+    """Compute capability of a CUDA device, as 90 for 9.0; of the CPU, that which kernels are compiled for there, 80 in
+    the interpreter."""
+    if device.type == "cuda":
+        return _capability(device)
     return 80 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().arch
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 @functools.cache

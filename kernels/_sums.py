@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import architecture, as_rows, multiprocessors
+from ._common import architecture, as_rows, cdiv, multiprocessors
+from ._launch import launch
 
 # A warp reads 512 bytes of a row in 16 bits, and each thread of a program 32 elements at once.
 TILE = {"ROWS": 16, "BLOCK": 256, "num_warps": 4}
@@ -52,8 +53,9 @@ def sum_partials(partials: Tensor, sums: list[Tensor]) -> None:
     """partials: (k, n, N) float32, contiguous, k = 1 or 2, of the kernel launched last -> their sums over n in `sums`,
     k tensors of (N,) float32."""
     n_sums, n_partials, n_cols = partials.shape
-    early = architecture() >= 90  # launched before its predecessor has ended, which it then waits for
-    _sum_partials_kernel[(triton.cdiv(n_cols, 16), n_sums)](
+    early = architecture(partials.device) >= 90  # launched before its predecessor has ended, which it then waits for
+    launch(
+        _sum_partials_kernel, (cdiv(n_cols, 16), n_sums),
         partials, sums[0], sums[-1], n_partials, n_cols,
         ROWS=512, BLOCK=16, EARLY=early, num_warps=8, launch_pdl=early,
     )  # fmt: skip
@@ -65,11 +67,11 @@ def column_sums(x: Tensor) -> Tensor:
     n_rows, n_cols = rows.shape
     if rows.numel() == 0:
         return torch.zeros((n_cols,), dtype=torch.float32, device=x.device)
-    columns = triton.cdiv(n_cols, TILE["BLOCK"])
+    columns = cdiv(n_cols, TILE["BLOCK"])
     walkers = max(1, PROGRAMS * multiprocessors(x.device) // columns)
-    walkers = min(walkers, triton.cdiv(n_rows, TILE["ROWS"]))
+    walkers = min(walkers, cdiv(n_rows, TILE["ROWS"]))
     partials = torch.empty((1, walkers, n_cols), dtype=torch.float32, device=x.device)
-    _column_sums_kernel[(columns, walkers)](rows, partials, rows.stride(0), n_rows, n_cols, **TILE)
+    launch(_column_sums_kernel, (columns, walkers), rows, partials, rows.stride(0), n_rows, n_cols, **TILE)
     sums = torch.empty((n_cols,), dtype=torch.float32, device=x.device)
     sum_partials(partials, [sums])
     return sums

@@ -5,12 +5,15 @@ Element by element over tiles of rows, in float32. The bias's gradient is one fl
 group of rows, added up in a fixed order, so that it is bitwise repeatable. Not supported: float64.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import as_rows, exponential, multiprocessors
+from ._common import cdiv, exponential, multiprocessors, new_like, next_power_of_2, rows_apart
+from ._launch import Variant
 from ._sums import sum_partials
 
 MAX_BLOCK = 1024  # columns of a tile
@@ -125,25 +128,39 @@ def _activation_bwd_kernel(
         tl.store(Partial + walker.to(tl.int64) * n_cols + column, tl.sum(total, 0), mask=column < n_cols)
 
 
-def _tile(n_cols: int, elements: int) -> dict[str, int]:
-    block = min(MAX_BLOCK, max(16, triton.next_power_of_2(n_cols)))
-    return {"ROWS": max(1, elements // block), "BLOCK": block, "num_warps": 4}
+def _tile(n_cols: int, elements: int) -> tuple[int, int]:
+    """Rows and columns of a tile."""
+    block = min(MAX_BLOCK, max(16, next_power_of_2(n_cols)))
+    return max(1, elements // block), block
+
+
+@functools.lru_cache(maxsize=1024)
+def _forward_variant(n_cols: int, kind: str, has_bias: bool, gated: bool) -> tuple[int, int, Variant]:
+    """Rows of a tile, tiles of a row of `n_cols` elements, and the kernel that takes a tile a program."""
+    rows, block = _tile(n_cols, GATED_TILE if gated else TILE)
+    flags = {"KIND": kind, "HAS_BIAS": has_bias, "GATED": gated}
+    return rows, cdiv(n_cols, block), Variant(_activation_fwd_kernel, **flags, ROWS=rows, BLOCK=block, num_warps=4)
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward_variant(n_cols: int, kind: str, has_bias: bool, gated: bool, result: bool) -> tuple[int, int, Variant]:
+    """The same for the kernel that walks tiles down the rows."""
+    rows, block = _tile(n_cols, SUMMED_TILE if has_bias else GATED_TILE if gated else TILE)
+    flags = {"KIND": kind, "HAS_BIAS": has_bias, "GATED": gated, "RESULT": result}
+    return rows, cdiv(n_cols, block), Variant(_activation_bwd_kernel, **flags, ROWS=rows, BLOCK=block, num_warps=4)
 
 
 def _forward(x: Tensor, bias: Tensor | None, up: Tensor | None, kind: str) -> Tensor:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = new_like(x)
     if y.numel() == 0:
         return y
-    rows = _rows(x)
-    up_rows = rows if up is None else _rows(up)
-    n_rows, n_cols = rows.shape
-    tile = _tile(n_cols, TILE if up is None else GATED_TILE)
-    grid = (triton.cdiv(n_rows, tile["ROWS"]) * triton.cdiv(n_cols, tile["BLOCK"]),)
-    _activation_fwd_kernel[grid](
-        rows, rows if bias is None else bias.contiguous(), up_rows, y, rows.stride(0), up_rows.stride(0),
-        n_rows, n_cols,
-        KIND=kind, HAS_BIAS=bias is not None, GATED=up is not None, **tile,
-    )  # fmt: skip
+    rows, apart = rows_apart(x)
+    up_rows, up_apart = (rows, apart) if up is None else rows_apart(up)
+    n_cols = x.shape[-1] if x.dim() else 1
+    n_rows = x.numel() // n_cols
+    per_tile, columns, kernel = _forward_variant(n_cols, kind, bias is not None, up is not None)
+    tensors = rows, rows if bias is None else bias.contiguous(), up_rows, y
+    kernel.launch((cdiv(n_rows, per_tile) * columns,), *tensors, apart, up_apart, n_rows, n_cols)
     return y
 
 
@@ -152,33 +169,30 @@ def _backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """-> dx and, where there are, dup and dbias (float32). `result`, contiguous and perhaps dy, gets what the forward
     pass gave."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dup = None if up is None else torch.empty_like(dx)
+    dx = new_like(x)
+    dup = None if up is None else new_like(x)
     if dx.numel() == 0:
         return dx, dup, None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=x.device)
-    dy_rows, rows = _rows(dy), _rows(x)
-    up_rows = rows if up is None else _rows(up)
-    n_rows, n_cols = rows.shape
-    tile = _tile(n_cols, SUMMED_TILE if bias is not None else TILE if up is None else GATED_TILE)
-    columns, walkers = triton.cdiv(n_cols, tile["BLOCK"]), triton.cdiv(n_rows, tile["ROWS"])
+    (dy_rows, dy_apart), (rows, apart) = rows_apart(dy), rows_apart(x)
+    up_rows, up_apart = (rows, apart) if up is None else rows_apart(up)
+    n_cols = x.shape[-1] if x.dim() else 1
+    n_rows = x.numel() // n_cols
+    per_tile, columns, kernel = _backward_variant(n_cols, kind, bias is not None, up is not None, result is not None)
+    walkers = cdiv(n_rows, per_tile)
     if bias is not None:  # each walker leaves a partial: as many as keep the device busy
         walkers = min(walkers, max(1, 8 * multiprocessors(x.device) // columns))
     partial = None if bias is None else torch.empty((walkers, n_cols), dtype=torch.float32, device=x.device)
-    _activation_bwd_kernel[(walkers * columns,)](
+    kernel.launch(
+        (walkers * columns,),
         dy_rows, rows, rows if bias is None else bias.contiguous(), up_rows, dx, dx if dup is None else dup,
         dx if result is None else result, dx if partial is None else partial,
-        dy_rows.stride(0), rows.stride(0), up_rows.stride(0), n_rows, n_cols,
-        KIND=kind, HAS_BIAS=bias is not None, GATED=up is not None, RESULT=result is not None, **tile,
+        dy_apart, apart, up_apart, n_rows, n_cols,
     )  # fmt: skip
     if partial is None:
         return dx, dup, None
     dbias = torch.empty((n_cols,), dtype=torch.float32, device=x.device)
     sum_partials(partial[None], [dbias])
     return dx, dup, dbias
-
-
-def _rows(x: Tensor) -> Tensor:
-    return as_rows(x if x.dim() else x[None])
 
 
 def _kind(approximate: str) -> str:

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._launch import launch
+
 BLOCK = 1024
 
 
@@ -88,7 +90,8 @@ def adamw_fwd(
     if len(blocks) == 0:
         return
     on_device = isinstance(grad_scale, Tensor)
-    _adamw_kernel[(len(blocks),)](
+    launch(
+        _adamw_kernel, (len(blocks),),
         addresses, sizes, blocks, grad_scale if on_device else sizes, grads[0], (copies or parameters)[0],
         learning_rate / (1.0 - beta1**step), 1.0 - learning_rate * weight_decay,
         1.0 - beta1, beta2, 1.0 - beta2, 1.0 - beta2**step, eps, 1.0 if on_device else grad_scale,

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import LOG2E, architecture, exponential, gradients_like
+from ._common import LOG2E, architecture, cdiv, exponential, gradients_like, new_like, next_power_of_2
+from ._launch import launch
 from ._tiles import SIZES, _capped, _dot, _first, _length, _sees, _store_tile, _tile
 from .attention_bwd import _attention_dkdv_kernel, _attention_dq_kernel, _attention_rows_kernel
 
@@ -64,7 +65,7 @@ def _tiles(q: Tensor, direction: str, plain: bool) -> Tiles:
     if q.dtype == torch.float32:
         table = _FLOAT32
     else:
-        table = _HOPPER if architecture() in (90, 100, 103) and plain else _AMPERE
+        table = _HOPPER if architecture(q.device) in (90, 100, 103) and plain else _AMPERE
     return table[direction][64 if q.shape[3] <= 64 else 128 if q.shape[3] <= 128 else 256]
 
 
@@ -199,14 +200,10 @@ def _positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
     return (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
 
 
-def _launch_options(
-    tiles: Tiles, head_dim: int, packed: bool, causal: bool, window: int | None, scale: float, softcap: float
+def _constants(
+    tiles: Tiles, head_dim: int, packed: bool, causal: bool, window: int | None, softcap: float
 ) -> dict[str, Any]:
-    """All but tensors, strides and sizes. The scores' cap is that before they are scaled."""
     return {
-        "window": window or 0,
-        "scale": scale,
-        "cap": softcap / scale,
         "PACKED": packed,
         "CAUSAL": causal,
         "WINDOW": window is not None,
@@ -214,7 +211,7 @@ def _launch_options(
         "D": head_dim,
         "BLOCK_M": tiles.queries,
         "BLOCK_N": tiles.keys,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_D": max(16, next_power_of_2(head_dim)),
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
     }
@@ -222,7 +219,7 @@ def _launch_options(
 
 def _on_hopper(q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float) -> bool:
     """Whether sm_90's own kernels run this. In Gluon, they are imported for that architecture alone."""
-    if architecture() != 90 or window is not None or softcap:
+    if window is not None or softcap or architecture(q.device) != 90:
         return False
     from .hopper import runs_on_hopper
 
@@ -251,7 +248,7 @@ def _forward(
     window = _narrow(window, n_keys)
     q, k, v = _readable(q), _readable(k), _readable(v)
     heads, head_dim = q.shape[2:]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = new_like(q)
     statistics = torch.empty((2, q.shape[0], heads, q.shape[1]), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, statistics
@@ -262,10 +259,11 @@ def _forward(
         return out, statistics
     tiles = _tiles(q, "fwd", window is None and not softcap)
     starts = (statistics, statistics) if packed is None else packed[:2]
-    _attention_fwd_kernel[(triton.cdiv(n_queries, tiles.queries) * batch * heads,)](
+    launch(
+        _attention_fwd_kernel, (cdiv(n_queries, tiles.queries) * batch * heads,),
         q, k, v, out, *statistics, *starts, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        *statistics.stride()[1:3], heads, heads // k.shape[2], n_queries, n_keys,
-        **_launch_options(tiles, head_dim, packed is not None, causal, window, scale, softcap),
+        *statistics.stride()[1:3], heads, heads // k.shape[2], n_queries, n_keys, window or 0, scale, softcap / scale,
+        **_constants(tiles, head_dim, packed is not None, causal, window, softcap),
     )  # fmt: skip
     return out, statistics
 
@@ -289,25 +287,29 @@ def _backward(
     heads, head_dim = q.shape[2:]
     rows = torch.empty((3, *statistics.shape[1:]), dtype=torch.float32, device=q.device)
     delta, base, norm = rows
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d = max(16, next_power_of_2(head_dim))
     # Of each query alone: packed sequences are one here.
-    _attention_rows_kernel[(triton.cdiv(q.shape[1], 32) * q.shape[0] * heads,)](
-        dout, out, *statistics, *rows, *dout.stride()[:3], *out.stride()[:3], heads, q.shape[1], scale,
+    launch(
+        _attention_rows_kernel, (cdiv(q.shape[1], 32) * q.shape[0] * heads,),
+        dout, out, *statistics, delta, base, norm, *dout.stride()[:3], *out.stride()[:3], heads, q.shape[1], scale,
         EXACT=q.dtype == torch.float32, D=head_dim, BLOCK_M=32, BLOCK_D=block_d,
     )  # fmt: skip
     starts = (statistics, statistics) if packed is None else packed[:2]
     tensors = (q, k, v, dout), (base, norm, delta, *starts)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
     sizes = (*statistics.stride()[1:3], heads, heads // k.shape[2], n_queries, n_keys)
-    options = (head_dim, packed is not None, causal, window, scale, softcap)
+    scores = (window or 0, scale, softcap / scale)
+    settings = (head_dim, packed is not None, causal, window, softcap)
     tiles = _tiles(q, "dkdv", window is None and not softcap)
-    _attention_dkdv_kernel[(triton.cdiv(n_keys, tiles.keys) * batch * k.shape[2],)](
-        *tensors[0], dk, dv, *tensors[1], *strides, *dk.stride()[:3], *sizes, **_launch_options(tiles, *options)
-    )
+    launch(
+        _attention_dkdv_kernel, (cdiv(n_keys, tiles.keys) * batch * k.shape[2],),
+        *tensors[0], dk, dv, *tensors[1], *strides, *dk.stride()[:3], *sizes, *scores, **_constants(tiles, *settings),
+    )  # fmt: skip
     tiles = _tiles(q, "dq", window is None and not softcap)
-    _attention_dq_kernel[(triton.cdiv(n_queries, tiles.queries) * batch * heads,)](
-        *tensors[0], dq, *tensors[1], *strides, *dq.stride()[:3], *sizes, **_launch_options(tiles, *options)
-    )
+    launch(
+        _attention_dq_kernel, (cdiv(n_queries, tiles.queries) * batch * heads,),
+        *tensors[0], dq, *tensors[1], *strides, *dq.stride()[:3], *sizes, *scores, **_constants(tiles, *settings),
+    )  # fmt: skip
     return dq if sign == 1.0 else dq * sign, dk, dv
 
 

@@ -12,7 +12,6 @@ up to 128 that are multiples of 8; others than 64 and 128 are padded with zeros.
 
 from typing import NamedTuple
 
-import triton
 import triton.experimental.gluon.language as gl
 from torch import Tensor
 from triton.experimental import gluon
@@ -24,7 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ._common import LOG2E, multiprocessors
+from ._common import LOG2E, cdiv, multiprocessors
+from ._launch import launch
 from .hopper import head_tiles, named_barrier_arrive, named_barrier_sync, tma_load, tma_store
 
 SIZES = ("heads", "group", "n_queries", "n_keys", "n_heads", "section")
@@ -353,13 +353,14 @@ def attention_hopper_fwd(
     block_d = 64 if head_dim <= 64 else 128
     groups, stages = (3 if block_d == 64 and n_queries > 1024 else 2), (3 if block_d == 64 else 2)
     processors = multiprocessors(q.device)
-    grid = min(processors, triton.cdiv(n_queries, 64 * groups) * batch * heads)
+    grid = min(processors, cdiv(n_queries, 64 * groups) * batch * heads)
     # Sections are multiples of a quarter of the processors: four (or eight, ...) tiles of each head fill whole rounds.
     section = max(1, processors // 4)
     section *= max(1, SECTION_BYTES * heads // (section * kv_heads * n_keys * head_dim * 4))
     section = min(section, batch * heads)
-    _attention_hopper_fwd_kernel[(grid,)](
+    launch(
+        _attention_hopper_fwd_kernel, (grid,),
         head_tiles(q, 64, block_d), head_tiles(k, 128, block_d), head_tiles(v, 128, block_d),
         head_tiles(out, 64, block_d), *statistics, heads, heads // kv_heads, n_queries, n_keys, batch * heads, section,
-        scale, causal, groups, stages, num_warps=4,
+        scale, CAUSAL=causal, GROUPS=groups, STAGES=stages, num_warps=4,
     )  # fmt: skip

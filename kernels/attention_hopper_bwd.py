@@ -25,7 +25,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ._common import LOG2E, gradients_like, multiprocessors
+from ._common import LOG2E, cdiv, gradients_like, multiprocessors
+from ._launch import launch
 from .hopper import (
     head_tiles,
     named_barrier_arrive,
@@ -391,16 +392,18 @@ def attention_hopper_bwd(
     queries = TILE_QUERIES[block_d]
     dout = dout if tma_readable(dout) else dout.contiguous()
     dq, dk, dv = gradients_like(q, k, v)
-    tiles = batch * heads * triton.cdiv(n_queries, queries)
+    tiles = batch * heads * cdiv(n_queries, queries)
     rows = torch.empty(tiles * 2 * queries, dtype=torch.float32, device=q.device)
     turns = torch.empty(tiles, dtype=torch.int32, device=q.device)
     packed = torch.empty((tiles * 128, 64), dtype=torch.float32, device=q.device)
-    _attention_hopper_rows_kernel[(tiles,)](
+    launch(
+        _attention_hopper_rows_kernel, (tiles,),
         dout, out, *statistics, rows, turns, *dout.stride()[:3], *out.stride()[:3], heads, n_queries, abs(scale),
         D=head_dim, BLOCK_D=block_d, QUERIES=queries, num_warps=8,
     )  # fmt: skip
-    key_tiles = triton.cdiv(n_keys, KEYS.value)
-    _attention_hopper_bwd_kernel[(key_tiles * batch * kv_heads,)](
+    key_tiles = cdiv(n_keys, KEYS.value)
+    launch(
+        _attention_hopper_bwd_kernel, (key_tiles * batch * kv_heads,),
         head_tiles(q, queries, block_d), head_tiles(k, 64, block_d), head_tiles(v, 64, block_d),
         head_tiles(dout, queries, block_d),
         TensorDescriptor(rows, [rows.numel()], [1], [2 * queries], gl.NVMMASharedLayout(0, 32, 1)),
@@ -409,7 +412,8 @@ def attention_hopper_bwd(
         kv_heads, heads // kv_heads, n_queries, n_keys, max(1, multiprocessors(q.device) // key_tiles), scale,
         CAUSAL=causal, BLOCK_D=block_d, QUERIES=queries, num_warps=4,
     )  # fmt: skip
-    _attention_hopper_dq_kernel[(tiles * 2,)](
+    launch(
+        _attention_hopper_dq_kernel, (tiles * 2,),
         packed, dq, *dq.stride()[:2], heads, n_queries, n_keys, scale,
         CAUSAL=causal, D=head_dim, BLOCK_D=block_d, QUERIES=queries, num_warps=8,
     )  # fmt: skip

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import as_rows, exponential
+from ._common import as_rows, cdiv, exponential, new_like, next_power_of_2
+from ._launch import launch
 
 LANE: tl.constexpr = tl.constexpr(8)  # elements a lane takes at once: a 16-byte vector of 16-bit values
 MAX_BLOCK = 8192
@@ -34,7 +35,7 @@ def _tile(n_cols: int, itemsize: int) -> Tile:
     """Rows are in work as many at once as programs fit, and all of them must fit the L2 cache: longer ones take larger
     blocks, so more registers. By measurement on an H200 (benchmarks/NOTES.md)."""
     if n_cols <= 8192:
-        block = max(128, triton.next_power_of_2(n_cols))
+        block = max(128, next_power_of_2(n_cols))
         return Tile(block, max(1, block // 1024))
     if itemsize == 4:
         return Tile(8192, 32)
@@ -206,8 +207,9 @@ def row_losses(
     statistics = torch.empty((2, rows.shape[0]), dtype=torch.float32, device=rows.device)
     n_rows, n_cols = rows.shape
     if n_rows > 0:
-        block = min(MAX_BLOCK, max(128, triton.next_power_of_2(n_classes)))
-        _cross_entropy_fwd_kernel[(n_rows,)](
+        block = min(MAX_BLOCK, max(128, next_power_of_2(n_classes)))
+        launch(
+            _cross_entropy_fwd_kernel, (n_rows,),
             rows, targets, losses, *statistics, rows.stride(0), n_cols, n_classes, ignore_index, label_smoothing,
             z_loss, SMOOTH=label_smoothing != 0.0, PADDED=n_cols != n_classes, BLOCK=block,
             num_warps=max(1, block // 1024),
@@ -228,7 +230,8 @@ def row_losses_and_gradients(
     n_rows, n_cols = rows.shape
     if n_rows > 0:
         tile = _tile(n_cols, rows.element_size())
-        _cross_entropy_fwd_bwd_kernel[(n_rows,)](
+        launch(
+            _cross_entropy_fwd_bwd_kernel, (n_rows,),
             rows, targets, losses, rows.stride(0), n_cols, n_classes, ignore_index, label_smoothing, z_loss,
             SMOOTH=label_smoothing != 0.0, PADDED=n_cols != n_classes, BLOCK=tile.block, num_warps=tile.warps,
         )  # fmt: skip
@@ -240,8 +243,9 @@ def reduce_losses(losses: Tensor, targets: Tensor, ignore_index: int, reduction:
     new = torch.empty if n_rows else torch.zeros
     loss, count = (new((), dtype=torch.float32, device=losses.device) for _ in range(2))
     if n_rows > 0:
-        block = min(8192, max(32, triton.next_power_of_2(n_rows)))
-        _reduce_losses_kernel[(1,)](
+        block = min(8192, max(32, next_power_of_2(n_rows)))
+        launch(
+            _reduce_losses_kernel, (1,),
             losses, targets, loss, count, n_rows, ignore_index,
             MEAN=reduction == "mean", BLOCK=block, num_warps=max(1, block // 256),
         )  # fmt: skip
@@ -281,11 +285,12 @@ def cross_entropy_bwd(
 ) -> Tensor:
     """-> dlogits, of logits' dtype: `logits` itself, overwritten, if `in_place`, else contiguous."""
     rows = as_rows(logits)  # a copy where its elements are not adjacent
-    dx = rows if in_place else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    dx = rows if in_place else new_like(logits)
     n_rows, n_cols = rows.shape
     if n_rows > 0:
-        block = min(BWD_BLOCK, max(128, triton.next_power_of_2(n_cols)))
-        _cross_entropy_bwd_kernel[(n_rows * triton.cdiv(n_cols, block),)](
+        block = min(BWD_BLOCK, max(128, next_power_of_2(n_cols)))
+        launch(
+            _cross_entropy_bwd_kernel, (n_rows * cdiv(n_cols, block),),
             grad, rows, targets.contiguous(), *statistics, count, dx, grad.stride(0) if grad.dim() else 0,
             rows.stride(0), dx.stride(0), n_cols, n_classes, ignore_index, label_smoothing, z_loss,
             MEAN=reduction == "mean", PADDED=n_cols != n_classes, BLOCK=block, num_warps=max(1, block // 512),

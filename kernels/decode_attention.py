@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ._common import LOG2E, architecture, exponential, multiprocessors
+from ._common import LOG2E, architecture, cdiv, exponential, multiprocessors, new_like, next_power_of_2
+from ._launch import Variant
 from ._tiles import _dot
 from .attention import MAX_HEAD_DIM
 
@@ -50,38 +51,54 @@ def decode_attention_limits(
     return None
 
 
-@functools.lru_cache(maxsize=4096)
 def _splits(tasks: int, n_tiles: int, max_tiles: int, processors: int) -> int:
     """The fewest splits of `n_tiles`, for each of so many tasks, that take at most a tenth longer than the best number.
 
     Time is counted in tiles that a processor walks, whose programs come one or else two at a time: a single one that
     is left over takes as long as two. A split has at most `max_tiles`.
     """
-    fewest, times = max(1, triton.cdiv(n_tiles, max_tiles)), {}
+    fewest, times = max(1, cdiv(n_tiles, max_tiles)), {}
     for splits in range(fewest, max(fewest, min(n_tiles, processors)) + 1):
         programs = tasks * splits
-        pairs = triton.cdiv(programs, 2 * processors)
-        times[splits] = (1 if programs <= processors else 2 * pairs) * triton.cdiv(n_tiles, splits)
+        pairs = cdiv(programs, 2 * processors)
+        times[splits] = (1 if programs <= processors else 2 * pairs) * cdiv(n_tiles, splits)
     return next(splits for splits, time in times.items() if time <= 1.1 * min(times.values()))
 
 
-def _plan(q: Tensor, kv_heads: int, capacity: int, paged: bool) -> Plan:
-    batch, n_queries, heads, head_dim = q.shape
-    n_rows = heads // kv_heads * n_queries
-    keys = max(16, min(128, TILE_BYTES // (_padded(head_dim) * q.element_size())))
-    smallest = 1 if q.dtype == torch.float32 else 16  # which is what a tensor core takes
-    rows = min(keys, MAX_ROW_BYTES // q.element_size(), max(smallest, triton.next_power_of_2(n_rows)))
-    row_tiles = triton.cdiv(n_rows, rows)
-    tasks, n_tiles = batch * kv_heads * row_tiles, triton.cdiv(capacity, keys)
-    splits = _splits(tasks, n_tiles, MAX_SPLIT_KEYS // keys, multiprocessors(q.device))
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    batch: int, n_rows: int, kv_heads: int, head_dim: int, element_size: int, capacity: int, paged: bool,
+    arch: int, processors: int,
+) -> Plan:  # fmt: skip
+    """For `n_rows` queries of each sequence and key head."""
+    keys = max(16, min(128, TILE_BYTES // (_padded(head_dim) * element_size)))
+    smallest = 1 if element_size == 4 else 16  # which is what a tensor core takes
+    rows = min(keys, MAX_ROW_BYTES // element_size, max(smallest, next_power_of_2(n_rows)))
+    row_tiles = cdiv(n_rows, rows)
+    tasks, n_tiles = batch * kv_heads * row_tiles, cdiv(capacity, keys)
+    splits = _splits(tasks, n_tiles, MAX_SPLIT_KEYS // keys, processors)
     # Tiles on their way: three take 96 KiB, which not every multiprocessor has, and pay only where rows are few. Behind
     # a load of page numbers Triton spreads the same depth over twice as many stages.
-    depth = 3 if rows <= 16 and architecture() in (80, 90, 100, 103) else 2
+    depth = 3 if rows <= 16 and arch in (80, 90, 100, 103) else 2
     return Plan(rows, keys, row_tiles, splits, 1 + depth * (2 if paged else 1))
 
 
+@functools.lru_cache(maxsize=1024)
+def _variants(plan: Plan, head_dim: int, page: int, pdl: bool) -> tuple[Variant, Variant]:
+    """The kernel of the splits and that which combines them."""
+    sizes = {"PDL": pdl, "D": head_dim, "BLOCK_N": plan.keys, "BLOCK_D": _padded(head_dim)}
+    options = {"launch_pdl": True} if pdl else {}
+    return (
+        Variant(
+            _decode_kernel, PAGE=page, SPLIT=plan.splits > 1, BLOCK_M=plan.rows, num_warps=4, num_stages=plan.stages,
+            **sizes,
+        ),
+        Variant(_combine_kernel, BLOCK_S=COMBINED, num_warps=2, **sizes, **options),
+    )  # fmt: skip
+
+
 def _padded(head_dim: int) -> int:
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, next_power_of_2(head_dim))
 
 
 @triton.jit
@@ -207,7 +224,7 @@ def decode_attention_fwd(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, block_table: Tensor | None, scale: float
 ) -> Tensor:
     """q: (B, Tq, H, D); caches: (B, capacity, Hkv, D), or pages with a block_table -> out as q, contiguous."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = new_like(q)
     if out.numel() == 0:
         return out
     q = q if q.stride(3) == 1 else q.contiguous()
@@ -216,22 +233,25 @@ def decode_attention_fwd(
     paged = block_table is not None
     table = block_table if paged else lengths  # any tensor will do where there is none
     capacity = page * table.shape[1] if paged else page
-    plan = _plan(q, kv_heads, capacity, paged)
-    n_parts = batch * n_queries * heads * plan.splits if plan.splits > 1 else 0
-    partial = torch.empty((n_parts, head_dim), dtype=torch.float32, device=q.device)
-    maxima, sums = torch.empty((2, n_parts), dtype=torch.float32, device=q.device)
+    device, group = q.device, heads // kv_heads
+    arch = architecture(device)
+    plan = _plan(
+        batch, group * n_queries, kv_heads, head_dim, q.element_size(), capacity, paged, arch, multiprocessors(device)
+    )
     # Where the device can, the second kernel is launched beside the first and waits for its end.
-    pdl = architecture() >= 90
-    sizes = {"PDL": pdl, "D": head_dim, "BLOCK_N": plan.keys, "BLOCK_D": _padded(head_dim)}
-    _decode_kernel[(plan.row_tiles * batch * kv_heads * plan.splits,)](
+    decode, combine = _variants(plan, head_dim, page if paged else 0, arch >= 90)
+    partial = maxima = sums = out  # which nobody writes to through these
+    if plan.splits > 1:
+        n_parts = batch * n_queries * heads * plan.splits
+        partial, maxima, sums = (q.new_empty(n, dtype=torch.float32) for n in (n_parts * head_dim, n_parts, n_parts))
+    decode.launch(
+        (plan.row_tiles * batch * kv_heads * plan.splits,),
         q, k_cache, v_cache, lengths, table, out, partial, maxima, sums,
         *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], table.stride(0),
-        heads, kv_heads, heads // kv_heads, n_queries, capacity, plan.splits, scale,
-        PAGE=page if paged else 0, SPLIT=n_parts > 0, BLOCK_M=plan.rows, num_warps=4, num_stages=plan.stages, **sizes,
+        heads, kv_heads, group, n_queries, capacity, plan.splits, scale,
     )  # fmt: skip
-    if n_parts:
-        _combine_kernel[(batch * n_queries * heads,)](
-            partial, maxima, sums, lengths, out, heads, n_queries, capacity, plan.splits,
-            BLOCK_S=COMBINED, num_warps=2, **sizes, **({"launch_pdl": True} if pdl else {}),
-        )  # fmt: skip
+    if plan.splits > 1:
+        combine.launch(
+            (batch * n_queries * heads,), partial, maxima, sums, lengths, out, heads, n_queries, capacity, plan.splits
+        )
     return out

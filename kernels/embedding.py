@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import as_rows
+from ._common import as_rows, cdiv, next_power_of_2
+from ._launch import launch
 
 UNIT = 64
 ROWS = 4  # gradients added at once
@@ -88,16 +89,18 @@ def embedding_bwd(dy: Tensor, weight: Tensor, tokens: Tensor, padding_idx: int |
     # A row of more than UNIT tokens has at most twice as many units as whole ones.
     most_units = 2 * (n_tokens // UNIT)
     partial = torch.empty((most_units, n_cols), dtype=torch.float32, device=weight.device)
-    block = min(512, max(16, triton.next_power_of_2(n_cols)))
-    columns, settings = triton.cdiv(n_cols, block), {"UNIT": UNIT, "ROWS": ROWS, "BLOCK": block, "num_warps": 4}
+    block = min(512, max(16, next_power_of_2(n_cols)))
+    columns, settings = cdiv(n_cols, block), {"UNIT": UNIT, "ROWS": ROWS, "BLOCK": block, "num_warps": 4}
     if most_units > 0:
         unit_rows = torch.searchsorted(unit_ends, torch.arange(most_units, device=weight.device), right=True)
-        _embedding_partials_kernel[(most_units, columns)](
-            dy_rows, order, starts, unit_ends, unit_rows, partial, dy_rows.stride(0), n_rows, n_cols, **settings
-        )
-    _embedding_rows_kernel[(n_rows, columns)](
-        dy_rows, order, starts, unit_ends, partial, dw, dy_rows.stride(0), n_cols, **settings
-    )
+        launch(
+            _embedding_partials_kernel, (most_units, columns),
+            dy_rows, order, starts, unit_ends, unit_rows, partial, dy_rows.stride(0), n_rows, n_cols, **settings,
+        )  # fmt: skip
+    launch(
+        _embedding_rows_kernel, (n_rows, columns),
+        dy_rows, order, starts, unit_ends, partial, dw, dy_rows.stride(0), n_cols, **settings,
+    )  # fmt: skip
     if padding_idx is not None:
         dw[padding_idx] = 0
     return dw

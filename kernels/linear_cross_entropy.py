@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._common import cdiv
+from ._launch import launch
 from .cross_entropy import reduce_losses, row_losses, row_losses_and_gradients
 
 
@@ -103,10 +105,10 @@ def linear_cross_entropy_bwd(
     """One of the gradients made above, in `dtype`, for the upstream gradient `grad`."""
     out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
     if out.numel() > 0:
-        grid = (triton.cdiv(out.numel(), 2048),)
-        _linear_cross_entropy_bwd_kernel[grid](
-            gradient, grad, count, out, out.numel(), MEAN=reduction == "mean", BLOCK=2048, num_warps=4
-        )
+        launch(
+            _linear_cross_entropy_bwd_kernel, (cdiv(out.numel(), 2048),),
+            gradient, grad, count, out, out.numel(), MEAN=reduction == "mean", BLOCK=2048, num_warps=4,
+        )  # fmt: skip
     return out
 
 

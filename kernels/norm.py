@@ -7,6 +7,7 @@ all of them, taken without atomics: each program keeps its own, and a second ker
 that results are bitwise repeatable. Arithmetic and the saved statistics are float32. Not supported: float64.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import as_rows, multiprocessors
+from ._common import cdiv, multiprocessors, new_like, next_power_of_2, rows_apart
+from ._launch import Variant
 from ._sums import sum_partials
 
 # Up to this row length the forward kernel reads a row once, into registers.
@@ -184,7 +186,7 @@ def _forward_tile(n_cols: int, rms: bool, has_residual: bool) -> Tile:
     """Short rows whole, 32 elements a lane; of others as many pieces as were measured fastest, or as divide the row
     evenly. Layer norm, whose two sums along a row wait for each other, needs more programs at once, of fewer warps;
     with a residual, that is more bytes for each sum, fewer do."""
-    block = max(16, triton.next_power_of_2(n_cols))
+    block = max(16, next_power_of_2(n_cols))
     if n_cols <= SHORT_ROW.value:
         return Tile(SHORT_ROW.value // block, block, 1)
     pieces = 1 if has_residual else 2 if rms else 4
@@ -198,9 +200,34 @@ def _forward_tile(n_cols: int, rms: bool, has_residual: bool) -> Tile:
 def _backward_tile(n_cols: int) -> Tile:
     """32 elements a lane; a warp for each 256 columns, up to 8, or for 512 of a short row, so that no sum over rows
     crosses warps."""
-    block = max(16, triton.next_power_of_2(n_cols)) if n_cols <= MAX_HELD_ROW else 2048
+    block = max(16, next_power_of_2(n_cols)) if n_cols <= MAX_HELD_ROW else 2048
     warps = max(1, block // 512) if block <= 1024 else min(8, block // 256)
     return Tile(1024 * warps // block, block, warps)
+
+
+@functools.lru_cache(maxsize=1024)
+def _forward_variant(
+    n_cols: int, rms: bool, has_residual: bool, has_weight: bool, has_bias: bool
+) -> tuple[int, Variant]:
+    """Rows that a program takes, and the kernel that does."""
+    tile = _forward_tile(n_cols, rms, has_residual)
+    return tile.rows, Variant(
+        _norm_fwd_kernel, N=n_cols, RMS=rms, HAS_RESIDUAL=has_residual, HAS_WEIGHT=has_weight, HAS_BIAS=has_bias,
+        ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward_variants(
+    n_cols: int, rms: bool, has_residual: bool, has_weight: bool, has_bias: bool, stages: int
+) -> tuple[Tile, Variant, Variant]:
+    """What the kernel of the gradients works on, that kernel, and the one before it for the sums along long rows."""
+    tile, flags = _backward_tile(n_cols), {"N": n_cols, "RMS": rms, "HAS_WEIGHT": has_weight}
+    gradients = Variant(
+        _norm_bwd_kernel, **flags, HAS_RESIDUAL=has_residual, HAS_BIAS=has_bias,
+        ROWS=tile.rows, BLOCK=tile.block, STAGES=stages, num_warps=tile.warps,
+    )  # fmt: skip
+    return tile, gradients, Variant(_norm_bwd_row_sums_kernel, **flags, BLOCK=2048, num_warps=4)
 
 
 def _vector(p: Tensor | None, x: Tensor) -> Tensor:
@@ -211,21 +238,23 @@ def _vector(p: Tensor | None, x: Tensor) -> Tensor:
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, offset: float, rms: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> y and x + residual as x, contiguous (y again where there is no residual); mean (not for RMS norm) and 1/std,
-    (rows,) float32."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = y if residual is None else torch.empty_like(y)
-    rows = as_rows(x)
-    residual_rows = rows if residual is None else as_rows(residual)
-    n_rows, n_cols = rows.shape
-    mean, rstd = (torch.empty((n_rows,), dtype=torch.float32, device=x.device) for _ in range(2))
+    """-> y and x + residual as x, contiguous (y again where there is no residual); mean (1/std again for RMS norm) and
+    1/std, (rows,) float32."""
+    y = new_like(x)
+    total = y if residual is None else new_like(x)
+    n_cols = x.shape[-1]
+    n_rows = x.numel() // n_cols
+    rstd = x.new_empty(n_rows, dtype=torch.float32)
+    mean = rstd if rms else x.new_empty(n_rows, dtype=torch.float32)
     if n_rows > 0:
-        tile = _forward_tile(n_cols, rms, residual is not None)
-        _norm_fwd_kernel[(triton.cdiv(n_rows, tile.rows),)](
+        rows, apart = rows_apart(x)
+        residual_rows, residual_apart = (rows, apart) if residual is None else rows_apart(residual)
+        flags = (rms, residual is not None, weight is not None, bias is not None)
+        per_program, kernel = _forward_variant(n_cols, *flags)
+        kernel.launch(
+            (cdiv(n_rows, per_program),),
             rows, residual_rows, _vector(weight, rows), _vector(bias, rows), y, total, mean, rstd,
-            rows.stride(0), residual_rows.stride(0), n_rows, eps, offset,
-            N=n_cols, RMS=rms, HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None,
-            HAS_BIAS=bias is not None, ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps,
+            apart, residual_apart, n_rows, eps, offset,
         )  # fmt: skip
     return y, total, mean, rstd
 
@@ -235,37 +264,35 @@ def _backward(
     rms: bool, has_bias: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """-> dx as x, of which x is the sum where there is a residual; dweight, dbias (N,) float32 or None."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    x_rows, dy_rows = as_rows(x), as_rows(dy)
-    dtotal_rows = dy_rows if dtotal is None else as_rows(dtotal)
-    n_rows, n_cols = x_rows.shape
+    dx = new_like(x)
+    n_cols = x.shape[-1]
+    n_rows = x.numel() // n_cols
     n_sums = (weight is not None) + has_bias
-    new = torch.empty if n_rows else torch.zeros
-    sums = [new((n_cols,), dtype=torch.float32, device=x.device) for _ in range(n_sums)]
+    new = x.new_empty if n_rows else x.new_zeros
+    sums = [new(n_cols, dtype=torch.float32) for _ in range(n_sums)]
     gradients = dx, sums[0] if weight is not None else None, sums[-1] if has_bias else None
     if n_rows == 0:
         return gradients
-    tile, w = _backward_tile(n_cols), _vector(weight, x_rows)
-    n_blocks = triton.cdiv(n_cols, tile.block)
-    # Eight warps a multiprocessor, and 8 partials where blocks alone are as many: one long sum would round off more.
-    n_partials = max(8, 8 // tile.warps * multiprocessors(x.device) // n_blocks)
-    n_partials = min(n_partials, triton.cdiv(n_rows, tile.rows))
-    partials = torch.empty((max(1, n_sums), n_partials, n_cols), dtype=torch.float32, device=x.device)
+    (x_rows, x_apart), (dy_rows, dy_apart) = rows_apart(x), rows_apart(dy)
+    dtotal_rows, dtotal_apart = (dy_rows, dy_apart) if dtotal is None else rows_apart(dtotal)
     # Rows of 8192 of three tensors, two ahead in 16 bits or one in 32, fit the 99 KB of shared memory of small GPUs.
     stages = 3 if x.element_size() == 2 else 2
-    flags = {"N": n_cols, "RMS": rms, "HAS_WEIGHT": weight is not None}
+    flags = (rms, dtotal is not None, weight is not None, has_bias)
+    tile, kernel, row_sums = _backward_variants(n_cols, *flags, stages)
+    w = _vector(weight, x_rows)
+    n_blocks = cdiv(n_cols, tile.block)
+    # Eight warps a multiprocessor, and 8 partials where blocks alone are as many: one long sum would round off more.
+    n_partials = max(8, 8 // tile.warps * multiprocessors(x.device) // n_blocks)
+    n_partials = min(n_partials, cdiv(n_rows, tile.rows))
+    partials = x.new_empty((max(1, n_sums), n_partials, n_cols), dtype=torch.float32)
     correlation, shift = mean, mean
     if n_blocks > 1:
-        correlation, shift = torch.empty((2, n_rows), dtype=torch.float32, device=x.device)
-        _norm_bwd_row_sums_kernel[(n_rows,)](
-            dy_rows, x_rows, w, mean, rstd, correlation, shift, dy_rows.stride(0), x_rows.stride(0), offset,
-            **flags, BLOCK=2048, num_warps=4,
-        )  # fmt: skip
-    _norm_bwd_kernel[(n_partials, n_blocks)](
-        dy_rows, dtotal_rows, x_rows, w, mean, rstd, correlation, shift, dx, partials[0], partials[-1],
-        dy_rows.stride(0), dtotal_rows.stride(0), x_rows.stride(0), n_rows, offset, **flags,
-        HAS_RESIDUAL=dtotal is not None, HAS_BIAS=has_bias,
-        ROWS=tile.rows, BLOCK=tile.block, STAGES=stages, num_warps=tile.warps,
+        correlation, shift = (x.new_empty(n_rows, dtype=torch.float32) for _ in range(2))
+        row_sums.launch((n_rows,), dy_rows, x_rows, w, mean, rstd, correlation, shift, dy_apart, x_apart, offset)
+    kernel.launch(
+        (n_partials, n_blocks),
+        dy_rows, dtotal_rows, x_rows, w, mean, rstd, correlation, shift, dx, partials, partials[-1],
+        dy_apart, dtotal_apart, x_apart, n_rows, offset,
     )  # fmt: skip
     if n_sums:
         sum_partials(partials, sums)

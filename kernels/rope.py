@@ -4,10 +4,14 @@ Each pair of a head is turned by its position's angle: one read and one write of
 back. Not supported: float64, and gradients of the tables.
 """
 
-import torch
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ._common import cdiv, new_like, next_power_of_2
+from ._launch import Variant
 
 TILE = 1024  # pairs of a program of 4 warps
 
@@ -47,18 +51,23 @@ def _rope_kernel(
         tl.store(y_row + half + pair, (second * cos + first * sin).to(Y.dtype.element_ty), mask=inside)
 
 
+@functools.lru_cache(maxsize=256)
+def _variant(head_dim: int, interleaved: bool, back: bool) -> tuple[int, Variant]:
+    """Heads of tokens that a program turns, and the kernel that does."""
+    block = max(2, next_power_of_2(head_dim // 2))
+    rows = max(1, TILE // block)
+    return rows, Variant(_rope_kernel, BACK=back, INTERLEAVED=interleaved, ROWS=rows, HALF=block, num_warps=4)
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool) -> Tensor:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = new_like(x)
     if y.numel() == 0:
         return y
     x = x if x.stride(3) == 1 else x.contiguous()
     batch, length, heads, head_dim = x.shape
-    block = max(2, triton.next_power_of_2(head_dim // 2))
-    n_rows, rows = batch * length * heads, max(1, TILE // block)
-    _rope_kernel[(triton.cdiv(n_rows, rows),)](
-        x, cos.contiguous(), sin.contiguous(), y, *x.stride()[:3], n_rows, length, heads, head_dim // 2,
-        BACK=back, INTERLEAVED=interleaved, ROWS=rows, HALF=block, num_warps=4,
-    )  # fmt: skip
+    n_rows, (rows, kernel) = batch * length * heads, _variant(head_dim, interleaved, back)
+    tensors = x, cos.contiguous(), sin.contiguous(), y
+    kernel.launch((cdiv(n_rows, rows),), *tensors, *x.stride()[:3], n_rows, length, heads, head_dim // 2)
     return y
 
 

@@ -6,12 +6,14 @@ float32. What a mask or causality hides counts as -inf and gets 0. Not supported
 but the last.
 """
 
-import torch
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import as_rows, exponential, row_settings
+from ._common import MAX_ROW_IN_REGISTERS, cdiv, exponential, new_like, row_settings, rows_apart
+from ._launch import Variant
 
 
 @triton.jit
@@ -121,24 +123,34 @@ def _softmax_bwd_long_kernel(DY, Y, DX, dy_stride, n_cols, BLOCK: tl.constexpr):
         tl.store(DX + col, (y * (dy - total)).to(DX.dtype.element_ty), mask=col < n_cols)
 
 
+@functools.lru_cache(maxsize=1024)
+def _forward_variant(n_cols: int, masked: bool, causal: bool) -> tuple[int, Variant]:
+    """Rows of `n_cols` elements that a program takes, and the kernel that does."""
+    rows, block, warps = row_settings(n_cols)
+    flags = {"HAS_MASK": masked, "CAUSAL": causal, "BLOCK": block, "num_warps": warps}
+    if n_cols <= MAX_ROW_IN_REGISTERS:
+        return rows, Variant(_softmax_fwd_kernel, ROWS=rows, **flags)
+    return 1, Variant(_softmax_fwd_long_kernel, **flags)
+
+
 def softmax_fwd(x: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """x: (..., N); mask: bool, broadcastable to x -> y of x's shape and dtype, contiguous."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = new_like(x)
     if y.numel() == 0:
         return y
-    rows = as_rows(x)
-    n_rows, n_cols = rows.shape
-    per_program, block, warps = row_settings(n_cols)
+    rows, apart = rows_apart(x)
+    n_cols = x.shape[-1]
+    n_rows = x.numel() // n_cols
     strides, sizes = (0, 0, 0, 0), (1, x.shape[-2] if x.dim() > 1 else 1)
     if mask is not None:
         mask = _four_dimensions(mask, x)
         strides, sizes = mask.stride(), mask.shape[1:3]
-    args = (rows, rows if mask is None else mask, y, rows.stride(0), strides, tuple(sizes))
-    flags = {"HAS_MASK": mask is not None, "CAUSAL": causal, "BLOCK": block, "num_warps": warps}
-    if n_cols <= block:
-        _softmax_fwd_kernel[(triton.cdiv(n_rows, per_program),)](*args, n_rows, n_cols, ROWS=per_program, **flags)
+    per_program, kernel = _forward_variant(n_cols, mask is not None, causal)
+    args = rows, rows if mask is None else mask, y, apart, strides, tuple(sizes)
+    if n_cols <= MAX_ROW_IN_REGISTERS:
+        kernel.launch((cdiv(n_rows, per_program),), *args, n_rows, n_cols)
     else:
-        _softmax_fwd_long_kernel[(n_rows,)](*args, n_cols, **flags)
+        kernel.launch((n_rows,), *args, n_cols)
     return y
 
 
@@ -149,19 +161,25 @@ def _four_dimensions(mask: Tensor, x: Tensor) -> Tensor:
     return mask if mask.dim() == 4 else mask.flatten(0, -4)
 
 
+@functools.lru_cache(maxsize=1024)
+def _backward_variant(n_cols: int) -> tuple[int, Variant]:
+    rows, block, warps = row_settings(n_cols)
+    if n_cols <= MAX_ROW_IN_REGISTERS:
+        return rows, Variant(_softmax_bwd_kernel, ROWS=rows, BLOCK=block, num_warps=warps)
+    return 1, Variant(_softmax_bwd_long_kernel, BLOCK=block, num_warps=warps)
+
+
 def softmax_bwd(dy: Tensor, y: Tensor) -> Tensor:
     """dy, y: (..., N), y as `softmax_fwd` gave it -> dx of the same shape and dtype."""
-    dx = torch.empty_like(y)
+    dx = new_like(y)
     if dx.numel() == 0:
         return dx
-    rows = as_rows(dy)
-    n_rows, n_cols = rows.shape
-    per_program, block, warps = row_settings(n_cols)
-    if n_cols <= block:
-        grid = (triton.cdiv(n_rows, per_program),)
-        _softmax_bwd_kernel[grid](
-            rows, y, dx, rows.stride(0), n_rows, n_cols, ROWS=per_program, BLOCK=block, num_warps=warps
-        )
+    rows, apart = rows_apart(dy)
+    n_cols = y.shape[-1]
+    n_rows = y.numel() // n_cols
+    per_program, kernel = _backward_variant(n_cols)
+    if n_cols <= MAX_ROW_IN_REGISTERS:
+        kernel.launch((cdiv(n_rows, per_program),), rows, y, dx, apart, n_rows, n_cols)
     else:
-        _softmax_bwd_long_kernel[(n_rows,)](rows, y, dx, rows.stride(0), n_cols, BLOCK=block, num_warps=warps)
+        kernel.launch((n_rows,), rows, y, dx, apart, n_cols)
     return dx

@@ -83,8 +83,9 @@ def test_every_number_of_splits_gives_the_result(monkeypatch: pytest.MonkeyPatch
     kernels = importlib.import_module("llmfast.kernels.decode_attention")
     tensors = make_inputs(RAGGED, device, torch.float32)
     truth = RAGGED.ours(*(t.double() for t in tensors), backend=REFERENCE)
+    plan = kernels._plan
     for splits in (1, 2, 3, 17, 40):
-        monkeypatch.setattr(kernels, "_splits", lambda *_, n=splits: n)
+        monkeypatch.setattr(kernels, "_plan", lambda *args, n=splits: plan(*args)._replace(splits=n))
         out = RAGGED.ours(*tensors, backend="triton")
         torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=1e-5)
         assert torch.equal(out, RAGGED.ours(*tensors, backend="triton"))
