@@ -117,15 +117,19 @@ def _rotation(theirs: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tup
     def apply_rotary_pos_emb(
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """q: (B, H, T, D); k: (B, Hkv, T, D); cos, sin: (1, T, D), both halves of the last dimension the same.
+        """q: (B, H, T, D); k: (B, Hkv, T, D); cos, sin: (1 or B, T, D), both halves of the last dimension the same.
 
-        Positions that differ by row, a rotation of part of a head and mixed dtypes are left to transformers' own.
+        A rotation of part of a head and mixed dtypes are left to transformers' own.
         """
-        alike = unsqueeze_dim == 1 and q.dtype is k.dtype is cos.dtype
-        if not alike or cos.shape[0] != 1 or not cos.shape[-1] == q.shape[-1] == k.shape[-1]:
+        alike = unsqueeze_dim == 1 and q.dtype is k.dtype is cos.dtype and cos.shape[0] in (1, q.shape[0])
+        if not alike or not cos.shape[-1] == q.shape[-1] == k.shape[-1]:
             return theirs(q, k, cos, sin, unsqueeze_dim)
-        cos, sin = (table[0].chunk(2, dim=-1)[0] for table in (cos, sin))
-        q, k = (ops.rope(x.transpose(1, 2), cos, sin).transpose(1, 2) for x in (q, k))
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+        by_row = cos.shape[0] > 1  # positions that differ by row: to ops.rope all rows are one, with a position a token
+        cos, sin = (table.flatten(0, 1).chunk(2, dim=-1)[0] for table in (cos, sin))
+        rows = (x.flatten(0, 1)[None] if by_row else x for x in (q, k))
+        turned = (ops.rope(x, cos, sin) for x in rows)
+        q, k = (y.view(x.shape).transpose(1, 2) for y, x in zip(turned, (q, k), strict=True))
         return q, k
 
     return apply_rotary_pos_emb

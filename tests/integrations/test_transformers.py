@@ -135,6 +135,7 @@ def test_the_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
     model.eval().generate(x, max_new_tokens=4, do_sample=False)
     assert calls.counts["attention"] == 6 and calls.counts["decode_attention"] == 6
     assert calls.counts["activation_linear"] == 4 and calls.counts["swiglu"] == 8
+    assert calls.counts["rope"] == 24  # also where generation gives every row positions of its own
 
 
 @each_model
@@ -165,11 +166,11 @@ def test_a_layer_that_is_not_plain_is_called(why: str, monkeypatch: pytest.Monke
     assert calls.counts["activation_linear"] == 0
 
 
-def test_rows_with_positions_of_their_own_rotate_as_transformers_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_with_positions_of_their_own_rotate_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     calls, x = Calls(monkeypatch, "rope"), tokens()
     positions = torch.arange(12) + torch.tensor([[0], [3], [7]])
     assert_same_step(make_ours(LLAMA), make(LLAMA), input_ids=x, position_ids=positions, labels=x)
-    assert calls.counts["rope"] == 0
+    assert calls.counts["rope"] == 4
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
