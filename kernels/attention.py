@@ -217,13 +217,13 @@ def _constants(
     }
 
 
-def _on_hopper(q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float) -> bool:
+def _on_hopper(q: Tensor, k: Tensor, v: Tensor, softcap: float) -> bool:
     """Whether sm_90's own kernels run this. In Gluon, they are imported for that architecture alone."""
-    if window is not None or softcap or architecture(q.device) != 90:
+    if architecture(q.device) != 90:
         return False
     from .hopper import runs_on_hopper
 
-    return runs_on_hopper(q, k, v)
+    return runs_on_hopper(q, k, v, softcap)
 
 
 def _narrow(window: int | None, n_keys: int) -> int | None:
@@ -252,10 +252,10 @@ def _forward(
     statistics = torch.empty((2, q.shape[0], heads, q.shape[1]), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, statistics
-    if packed is None and _on_hopper(q, k, v, window, softcap):
+    if _on_hopper(q, k, v, softcap):
         from .attention_hopper import attention_hopper_fwd
 
-        attention_hopper_fwd(q, k, v, out, statistics, causal, scale)
+        attention_hopper_fwd(q, k, v, out, statistics, causal, scale, window, softcap, packed)
         return out, statistics
     tiles = _tiles(q, "fwd", window is None and not softcap)
     starts = (statistics, statistics) if packed is None else packed[:2]
@@ -274,10 +274,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch, n_queries, n_keys = _sizes(q, k, packed)
     window = _narrow(window, n_keys)
-    if packed is None and _on_hopper(q, k, v, window, softcap):
+    if _on_hopper(q, k, v, softcap):
         from .attention_hopper_bwd import attention_hopper_bwd
 
-        return attention_hopper_bwd(dout, q, k, v, out, statistics, causal, scale)
+        return attention_hopper_bwd(dout, q, k, v, out, statistics, causal, scale, window, softcap, packed)
     dq, dk, dv = gradients_like(q, k, v)
     if dq.numel() == 0 or dk.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()

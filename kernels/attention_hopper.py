@@ -4,14 +4,15 @@ One warp copies tiles into shared memory (TMA) while two or three warpgroups of 
 A warpgroup issues the scores of one block of keys and the output of the block before it together, then takes the
 softmax while the tensor cores work for the others: they take turns, in a fixed order, at issuing products. Thread
 blocks stay on their multiprocessor and take one tile of queries after the other, loading ahead. Keys are walked from
-the last block to the first, so that masks are needed at the start alone.
+the last block to the first, so that masks are needed at the start alone, and with a window at the end.
 
-Supported: bfloat16 and float16, grouped heads, any lengths, strides that TMA takes, head dimensions
-up to 128 that are multiples of 8; others than 64 and 128 are padded with zeros.
+Supported: bfloat16 and float16, grouped heads, sliding windows, capped scores, packed sequences, any lengths, strides
+that TMA takes, head dimensions up to 128 that are multiples of 8; others than 64 and 128 are padded with zeros.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 import triton.experimental.gluon.language as gl
 from torch import Tensor
 from triton.experimental import gluon
@@ -24,30 +25,34 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ._common import LOG2E, cdiv, multiprocessors
+from ._hopper_schedule import (
+    FIELDS,
+    SIZES,
+    Packed,
+    Work,
+    draw,
+    drawn,
+    heard,
+    item,
+    keys_at,
+    place,
+    queries_at,
+    steps,
+    tell,
+)
+from ._hopper_scores import capped, exponentials, mask
+from ._hopper_tiles import key_blocks, packed_tiles, rows_of, tile_at
 from ._launch import launch
 from .hopper import head_tiles, named_barrier_arrive, named_barrier_sync, tma_load, tma_store
 
-SIZES = ("heads", "group", "n_queries", "n_keys", "n_heads", "section")
 # Keys and values that a section of heads may hold: less than half the L2 cache, so that its tiles find them there.
 SECTION_BYTES = 20 * 2**20
 FIRST_TURN: gl.constexpr = gl.constexpr(8)  # hardware barrier of the first warpgroup; those below are Triton's
 
 
-class Work(NamedTuple):
-    """What is shared out: n_heads * n_tiles tiles of queries, n_heads counting all batches; see `_tile`."""
-
-    heads: gl.tensor
-    group: gl.tensor
-    n_queries: gl.tensor
-    n_keys: gl.tensor
-    n_heads: gl.tensor
-    n_tiles: gl.tensor
-    section: gl.tensor
-
-
 class Buffers(NamedTuple):
-    """Shared memory. q: (2 * warpgroups, 1, 1, 64, D), two tiles of queries, in whose place their output is put to be
-    stored; k, v: (stages, 1, 1, block, D), a ring. Each slot has a barrier for "loaded" and one for "free again"."""
+    """Shared memory. q: (2 * warpgroups, 64, D), two tiles of queries, in whose place their output is put to be stored;
+    k, v: (stages, block, D), a ring. Each slot has a barrier for "loaded" and one for "free again"."""
 
     q: gl.shared_memory_descriptor
     k: gl.shared_memory_descriptor
@@ -61,102 +66,92 @@ class Buffers(NamedTuple):
 
 
 @gluon.jit
-def _item(step):
-    """Number of the tile that this thread block takes in a step: forwards over the thread blocks in one step, backwards
-    in the next, so that the one that gets the longest tile of a step gets the shortest after it."""
-    n = gl.num_programs(0)
-    p = gl.program_id(0)
-    return step * n + gl.where(step % 2 == 1, n - 1 - p, p)
-
-
-@gluon.jit
-def _steps(work):
-    """How many tiles this thread block takes: the last step may not reach it."""
-    whole = work.n_heads * work.n_tiles // gl.num_programs(0)
-    return whole + (_item(whole) < work.n_heads * work.n_tiles).to(gl.int32)
-
-
-@gluon.jit
-def _tile(step, work, CAUSAL: gl.constexpr):
-    """(batch, head, tile) of a step. Causal: sections of heads whose keys fit the L2 cache together, in each the
-    longest tiles of all its heads first; else head by head."""
-    item = _item(step)
-    if CAUSAL:
-        first = item // (work.section * work.n_tiles) * work.section
-        size = gl.minimum(work.section, work.n_heads - first)
-        item -= first * work.n_tiles
-        bh = first + item % size
-        tile = work.n_tiles - 1 - item // size
-    else:
-        bh = item // work.n_tiles
-        tile = item % work.n_tiles
-    return bh // work.heads, bh % work.heads, tile
-
-
-@gluon.jit
-def _key_blocks(row, rows, work, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr):
-    """(full, end): `rows` queries from `row` on all see the key blocks in [0, full), some those in [full, end)."""
-    full = work.n_keys
-    end = work.n_keys
-    if CAUSAL:
-        offset = work.n_keys - work.n_queries
-        full = gl.minimum(work.n_keys, gl.maximum(row + 1 + offset, 0))
-        end = gl.minimum(work.n_keys, gl.maximum(row + rows + offset, 0))
-    return full // BLOCK_N, gl.cdiv(end, BLOCK_N)
-
-
-@gluon.jit
 def _next(stage, phase, STAGES: gl.constexpr):
     wrap = stage == STAGES - 1
     return gl.where(wrap, 0, stage + 1), gl.where(wrap, phase ^ 1, phase)
 
 
 @gluon.jit
-def _load(q_desc, k_desc, v_desc, buffers, work, CAUSAL: gl.constexpr):
-    """The loading warp: queries, and blocks of keys and values from last to first, of each tile."""
+def _blocks(row, rows, work, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr):
+    """See `key_blocks`. Of packed sequences, no tile is taken that begins beyond its sequence's end."""
+    return key_blocks(row, rows, work.n_queries, work.n_keys, work.window, BLOCK_N, CAUSAL)
+
+
+@gluon.jit
+def _load_tile(inputs, buffers, work, b, h, tile, step, stage, phase, CAUSAL: gl.constexpr):
+    """A tile's queries, and its blocks of keys and values from last to first; -> the ring's next stage."""
     GROUPS: gl.constexpr = buffers.q.shape[0] // 2
     STAGES: gl.constexpr = buffers.k.shape[0]
-    BLOCK_N: gl.constexpr = buffers.k.shape[3]
-    D: gl.constexpr = buffers.k.shape[4]
+    BLOCK_N: gl.constexpr = buffers.k.shape[1]
+    D: gl.constexpr = buffers.k.shape[2]
+    q_desc, k_desc, v_desc = inputs
+    row = tile * (64 * GROUPS)
+    for w in gl.static_range(GROUPS):
+        slot = step % 2 * GROUPS + w
+        mbarrier.wait(buffers.q_empty.index(slot), step // 2 % 2 ^ 1)
+        mbarrier.expect(buffers.q_full.index(slot), 64 * D * 2)
+        tma_load(q_desc, queries_at(b, h, row + w * 64, work), buffers.q_full.index(slot), buffers.q.index(slot))
+    begin, inner, full, end = _blocks(row, 64 * GROUPS, work, BLOCK_N, CAUSAL)
+    for i in range(0, end - begin):
+        at = keys_at(b, h // work.group, (end - 1 - i) * BLOCK_N, work)
+        mbarrier.wait(buffers.k_empty.index(stage), phase)
+        mbarrier.expect(buffers.k_full.index(stage), BLOCK_N * D * 2)
+        tma_load(k_desc, at, buffers.k_full.index(stage), buffers.k.index(stage))
+        mbarrier.wait(buffers.v_empty.index(stage), phase)
+        mbarrier.expect(buffers.v_full.index(stage), BLOCK_N * D * 2)
+        tma_load(v_desc, at, buffers.v_full.index(stage), buffers.v.index(stage))
+        stage, phase = _next(stage, phase, STAGES)
+    return stage, phase
+
+
+@gluon.jit
+def _load(inputs, buffers, work, packed, CAUSAL: gl.constexpr):
+    """The loading warp. Of packed sequences it decides which tiles this thread block takes: places without rows it
+    passes over, and the next number is drawn before a tile is loaded, so that it is there after it."""
+    ROWS: gl.constexpr = 32 * buffers.q.shape[0]
     stage = 0
     phase = 1
-    for step in range(0, _steps(work)):
-        b, h, tile = _tile(step, work, CAUSAL)
-        row = tile * (64 * GROUPS)
-        for w in gl.static_range(GROUPS):
-            slot = step % 2 * GROUPS + w
-            mbarrier.wait(buffers.q_empty.index(slot), step // 2 % 2 ^ 1)
-            mbarrier.expect(buffers.q_full.index(slot), 64 * D * 2)
-            tma_load(q_desc, [b, h, row + w * 64, 0], buffers.q_full.index(slot), buffers.q.index(slot))
-        full, end = _key_blocks(row, 64 * GROUPS, work, BLOCK_N, CAUSAL)
-        for i in range(0, end):
-            at = [b, h // work.group, (end - 1 - i) * BLOCK_N, 0]
-            mbarrier.wait(buffers.k_empty.index(stage), phase)
-            mbarrier.expect(buffers.k_full.index(stage), BLOCK_N * D * 2)
-            tma_load(k_desc, at, buffers.k_full.index(stage), buffers.k.index(stage))
-            mbarrier.wait(buffers.v_empty.index(stage), phase)
-            mbarrier.expect(buffers.v_full.index(stage), BLOCK_N * D * 2)
-            tma_load(v_desc, at, buffers.v_full.index(stage), buffers.v.index(stage))
-            stage, phase = _next(stage, phase, STAGES)
+    if packed.counter is None:
+        for step in range(0, steps(work)):
+            b, h, tile = place(item(step), work, CAUSAL)
+            stage, phase = _load_tile(inputs, buffers, work, b, h, tile, step, stage, phase, CAUSAL)
+    else:
+        taken = 0
+        number = gl.program_id(0)
+        while number < work.n_heads * work.n_tiles:
+            ticket = draw(packed.counter)
+            _, h, among = place(number, work, CAUSAL)
+            sequence, tile = tile_at(packed.query_starts, among, packed.sequences, ROWS)
+            first_query, n_queries = rows_of(packed.query_starts, sequence)
+            first_key, n_keys = rows_of(packed.key_starts, sequence)
+            if tile * ROWS < n_queries:
+                tell(packed, taken, (h, tile, first_query, n_queries, first_key, n_keys))
+                own = Work(
+                    work.heads, work.group, n_queries, n_keys, work.n_heads, work.n_tiles, work.section, work.window,
+                    work.cap, first_query, first_key,
+                )  # fmt: skip
+                stage, phase = _load_tile(inputs, buffers, own, 0, h, tile, taken, stage, phase, CAUSAL)
+                taken += 1
+            number = gl.num_programs(0) + drawn(ticket)
+        tell(packed, taken, (-1, 0, 0, 0, 0, 0))
 
 
 @gluon.jit
 def _issue_scores(q, buffers, stage, phase, W: gl.constexpr):
     """Start q k^T of a stage when it is this warpgroup's turn."""
-    BLOCK_N: gl.constexpr = buffers.k.shape[3]
+    BLOCK_N: gl.constexpr = buffers.k.shape[1]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     zeros = gl.zeros([64, BLOCK_N], gl.float32, layout=layout)
     mbarrier.wait(buffers.k_full.index(stage), phase)
     named_barrier_sync(FIRST_TURN + W, 256)
-    k = buffers.k.index(stage).reshape([BLOCK_N, q.shape[1]])
-    return warpgroup_mma(q, k.permute([1, 0]), zeros, use_acc=False, is_async=True)
+    return warpgroup_mma(q, buffers.k.index(stage).permute([1, 0]), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
 def _issue_output(p, acc, buffers, stage, phase):
     """Start acc + p v of a stage."""
     mbarrier.wait(buffers.v_full.index(stage), phase)
-    return warpgroup_mma(p, buffers.v.index(stage).reshape([p.shape[1], acc.shape[1]]), acc, is_async=True)
+    return warpgroup_mma(p, buffers.v.index(stage), acc, is_async=True)
 
 
 @gluon.jit
@@ -165,28 +160,30 @@ def _pass_turn(buffers, W: gl.constexpr):
 
 
 @gluon.jit
-def _mask(s, last):
-    """Scores with -inf in the columns after `last` of each row."""
-    col = gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))
-    return gl.where(col[None, :] <= last[:, None], s, -float("inf"))
+def _give_back(begin, end, buffers, stage, phase, W: gl.constexpr):
+    """Let blocks pass that other warpgroups alone see, in turn; -> the ring's next stage."""
+    for _ in range(begin, end):
+        mbarrier.wait(buffers.k_full.index(stage), phase)
+        mbarrier.arrive(buffers.k_empty.index(stage), count=1)
+        mbarrier.wait(buffers.v_full.index(stage), phase)
+        mbarrier.arrive(buffers.v_empty.index(stage), count=1)
+        named_barrier_sync(FIRST_TURN + W, 256)
+        _pass_turn(buffers, W)
+        stage, phase = _next(stage, phase, buffers.k.shape[0])
+    return stage, phase
 
 
 @gluon.jit
-def _exponentials(s, m, scale, CAUSAL: gl.constexpr):
-    """e^(s - new maximum), the new maximum, and the factor for sums up to now; `scale` includes log2 e."""
-    m_new = gl.maximum(m, gl.max(s, 1))
-    # A row that has seen no key yet has maximum -inf; subtracting 0 instead keeps its exponentials 0, not NaN.
-    base = (gl.where(m_new == -float("inf"), 0.0, m_new) if CAUSAL else m_new) * scale
-    return gl.exp2(s * scale - base[:, None]), m_new, gl.exp2(m * scale - base)
-
-
-@gluon.jit
-def _attend(q, freed, step, buffers, stage, phase, full, end, last, scale, W: gl.constexpr, CAUSAL: gl.constexpr):
-    """64 queries over the key blocks end - 1, ..., 0, end > 0 -> output (not normalised), row maxima, row sums, and the
-    ring's next stage. `last`: each row's last visible key. `freed`: barrier of the slot that the tile before leaves."""
+def _attend(
+    q, freed, step, buffers, stage, phase, blocks, last, window, cap, scale, W: gl.constexpr, CAUSAL: gl.constexpr
+):  # fmt: skip
+    """64 queries over the key blocks end - 1, ..., begin < end -> output (not normalised), row maxima, row sums, and
+    the ring's next stage. blocks: (begin, inner, full, end), of which those in [inner, full) need no mask. `last`: each
+    row's last visible key. `freed`: barrier of the slot that the tile before leaves."""
     STAGES: gl.constexpr = buffers.k.shape[0]
-    BLOCK_N: gl.constexpr = buffers.k.shape[3]
-    D: gl.constexpr = buffers.k.shape[4]
+    BLOCK_N: gl.constexpr = buffers.k.shape[1]
+    D: gl.constexpr = buffers.k.shape[2]
+    begin, inner, full, end = blocks
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     s = _issue_scores(q, buffers, stage, phase, W)
@@ -195,14 +192,16 @@ def _attend(q, freed, step, buffers, stage, phase, full, end, last, scale, W: gl
     mbarrier.arrive(freed, count=1, pred=step > 0)
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(buffers.k_empty.index(stage), count=1)
-    if full < end:
-        s = _mask(s, last - (end - 1) * BLOCK_N)
+    if cap is not None:
+        s = capped(s, cap)
+    if window is not None or full < end:
+        s = mask(s, last - (end - 1) * BLOCK_N, window)
     m = gl.full([64], -float("inf"), gl.float32, layout=last.type.layout)
-    e, m, _ = _exponentials(s, m, scale, True)
+    e, m, _ = exponentials(s, m, scale, True)
     total = gl.sum(e, 1)
     p = gl.convert_layout(e.to(q.dtype), p_layout)
     acc = gl.zeros([64, D], gl.float32, layout=o_layout)
-    for i in range(1, end):
+    for i in range(1, end - begin):
         block = end - 1 - i
         before, before_phase = stage, phase
         stage, phase = _next(stage, phase, STAGES)
@@ -211,9 +210,11 @@ def _attend(q, freed, step, buffers, stage, phase, full, end, last, scale, W: gl
         _pass_turn(buffers, W)
         s = warpgroup_mma_wait(1, deps=[s])
         mbarrier.arrive(buffers.k_empty.index(stage), count=1)
-        if CAUSAL and block >= full:
-            s = _mask(s, last - block * BLOCK_N)
-        e, m, alpha = _exponentials(s, m, scale, CAUSAL)
+        if cap is not None:
+            s = capped(s, cap)
+        if CAUSAL and (block >= full or (window is not None and block < inner)):
+            s = mask(s, last - block * BLOCK_N, window)
+        e, m, alpha = exponentials(s, m, scale, CAUSAL)
         total = total * alpha + gl.sum(e, 1)
         # ptxas moves this wait to before the exponentials. FlashAttention-3 has it after them; kept there by a branch,
         # it cost 1 to 10 % on an H200.
@@ -230,59 +231,87 @@ def _attend(q, freed, step, buffers, stage, phase, full, end, last, scale, W: gl
 
 
 @gluon.jit
-def _compute(o_desc, Max, Sum, buffers, work, scale, W: gl.constexpr, CAUSAL: gl.constexpr):
-    """Warpgroup W: queries W * 64 to W * 64 + 63 of each tile."""
+def _compute_tile(
+    outputs, buffers, work, b, h, tile, step, stage, phase, scale, W: gl.constexpr, CAUSAL: gl.constexpr
+):  # fmt: skip
+    """Warpgroup W's 64 queries of a tile; -> the ring's next stage."""
     GROUPS: gl.constexpr = buffers.q.shape[0] // 2
-    STAGES: gl.constexpr = buffers.k.shape[0]
-    BLOCK_N: gl.constexpr = buffers.k.shape[3]
-    D: gl.constexpr = buffers.k.shape[4]
+    BLOCK_N: gl.constexpr = buffers.k.shape[1]
+    D: gl.constexpr = buffers.k.shape[2]
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
+    o_desc, Max, Sum, all_queries = outputs
+    row = tile * (64 * GROUPS)
+    tile_begin, _, _, tile_end = _blocks(row, 64 * GROUPS, work, BLOCK_N, CAUSAL)
+    row += W * 64
+    begin, inner, full, end = _blocks(row, 64, work, BLOCK_N, CAUSAL)
+    end = gl.where(row < work.n_queries, end, tile_begin)
+    if work.window is not None:
+        begin = gl.minimum(begin, end)
+    rows = row + gl.arange(0, 64, layout=row_layout)
+    last = gl.zeros_like(rows) + (work.n_keys - 1)
+    if CAUSAL:
+        last = gl.minimum(last, rows + (work.n_keys - work.n_queries))
+    stage, phase = _give_back(end, tile_end, buffers, stage, phase, W)
+    slot = step % 2 * GROUPS + W
+    freed = buffers.q_empty.index((step + 1) % 2 * GROUPS + W)
+    mbarrier.wait(buffers.q_full.index(slot), step // 2 % 2)
+    acc = gl.zeros([64, D], gl.float32, layout=o_layout)
+    m = gl.full([64], -float("inf"), gl.float32, layout=row_layout)
+    total = gl.zeros([64], gl.float32, layout=row_layout)
+    if end > begin:
+        acc, m, total, stage, phase = _attend(
+            buffers.q.index(slot), freed, step, buffers, stage, phase, (begin, inner, full, end), last,
+            work.window, work.cap, scale, W, CAUSAL,
+        )  # fmt: skip
+    else:
+        tma.store_wait(0)  # the tile before has left its slot
+        mbarrier.arrive(freed, count=1, pred=step > 0)
+    if work.window is not None:
+        stage, phase = _give_back(tile_begin, begin, buffers, stage, phase, W)
+    at = (b * work.heads + h).to(gl.int64) * all_queries + rows
+    if work.first_query is not None:
+        at += work.first_query
+    gl.store(Max + at, m, mask=rows < work.n_queries)
+    gl.store(Sum + at, total, mask=rows < work.n_queries)
+    norm = gl.convert_layout(1.0 / gl.where(total == 0.0, 1.0, total), gl.SliceLayout(1, o_layout))
+    buffers.q.index(slot).store((acc * norm[:, None]).to(o_desc.dtype))
+    fence_async_shared()
+    tma_store(o_desc, queries_at(b, h, row, work), buffers.q.index(slot))
+    return stage, phase
+
+
+@gluon.jit
+def _compute(outputs, buffers, work, packed, scale, W: gl.constexpr, CAUSAL: gl.constexpr):
+    """Warpgroup W: queries W * 64 to W * 64 + 63 of each tile."""
     stage = 0
     phase = 0
-    if W == GROUPS - 1:
+    if W == buffers.q.shape[0] // 2 - 1:
         _pass_turn(buffers, W)
-    for step in range(0, _steps(work)):
-        b, h, tile = _tile(step, work, CAUSAL)
-        row = tile * (64 * GROUPS)
-        unused, tile_end = _key_blocks(row, 64 * GROUPS, work, BLOCK_N, CAUSAL)
-        row += W * 64
-        full, end = _key_blocks(row, 64, work, BLOCK_N, CAUSAL)
-        end = gl.where(row < work.n_queries, end, 0)
-        rows = row + gl.arange(0, 64, layout=row_layout)
-        last = gl.zeros_like(rows) + (work.n_keys - 1)
-        if CAUSAL:
-            last = gl.minimum(last, rows + (work.n_keys - work.n_queries))
-        for _ in range(end, tile_end):  # seen by other warpgroups alone: give them back, in turn
-            mbarrier.wait(buffers.k_full.index(stage), phase)
-            mbarrier.arrive(buffers.k_empty.index(stage), count=1)
-            mbarrier.wait(buffers.v_full.index(stage), phase)
-            mbarrier.arrive(buffers.v_empty.index(stage), count=1)
-            named_barrier_sync(FIRST_TURN + W, 256)
-            _pass_turn(buffers, W)
-            stage, phase = _next(stage, phase, STAGES)
-        slot = step % 2 * GROUPS + W
-        freed = buffers.q_empty.index((step + 1) % 2 * GROUPS + W)
-        mbarrier.wait(buffers.q_full.index(slot), step // 2 % 2)
-        acc = gl.zeros([64, D], gl.float32, layout=o_layout)
-        m = gl.full([64], -float("inf"), gl.float32, layout=row_layout)
-        total = gl.zeros([64], gl.float32, layout=row_layout)
-        if end > 0:
-            q = buffers.q.index(slot).reshape([64, D])
-            acc, m, total, stage, phase = _attend(
-                q, freed, step, buffers, stage, phase, full, end, last, scale, W, CAUSAL
-            )
-        else:
-            tma.store_wait(0)  # the tile before has left its slot
-            mbarrier.arrive(freed, count=1, pred=step > 0)
-        at = (b * work.heads + h).to(gl.int64) * work.n_queries + rows
-        gl.store(Max + at, m, mask=rows < work.n_queries)
-        gl.store(Sum + at, total, mask=rows < work.n_queries)
-        norm = gl.convert_layout(1.0 / gl.where(total == 0.0, 1.0, total), gl.SliceLayout(1, o_layout))
-        buffers.q.index(slot).reshape([64, D]).store((acc * norm[:, None]).to(o_desc.dtype))
-        fence_async_shared()
-        tma_store(o_desc, [b, h, row, 0], buffers.q.index(slot))
+    if packed.counter is None:
+        for step in range(0, steps(work)):
+            b, h, tile = place(item(step), work, CAUSAL)
+            stage, phase = _compute_tile(
+                outputs, buffers, work, b, h, tile, step, stage, phase, scale, W, CAUSAL
+            )  # fmt: skip
+    else:
+        taken = 0
+        mbarrier.wait(packed.told.index(0), 0)
+        h = heard(packed, taken, 0)
+        while h != -1:
+            own = Work(
+                work.heads, work.group, heard(packed, taken, 3), heard(packed, taken, 5), work.n_heads, work.n_tiles,
+                work.section, work.window, work.cap, heard(packed, taken, 2), heard(packed, taken, 4),
+            )  # fmt: skip
+            tile = heard(packed, taken, 1)
+            mbarrier.arrive(packed.read.index(taken % 2), count=1)
+            stage, phase = _compute_tile(
+                outputs, buffers, own, 0, h, tile, taken, stage, phase, scale, W, CAUSAL
+            )  # fmt: skip
+            taken += 1
+            mbarrier.wait(packed.told.index(taken % 2), taken // 2 % 2)
+            h = heard(packed, taken, 0)
     tma.store_wait(0)
 
 
@@ -296,18 +325,22 @@ def _barriers(N: gl.constexpr, ARRIVALS: gl.constexpr):
 
 @gluon.jit(do_not_specialize=SIZES)
 def _attention_hopper_fwd_kernel(
-    q_desc, k_desc, v_desc, o_desc, Max, Sum, heads, group, n_queries, n_keys, n_heads, section, scale,
+    q_desc, k_desc, v_desc, o_desc, Max, Sum, QueryStarts, KeyStarts, Counter, sequences, query_places, heads, group,
+    n_queries, n_keys, n_heads, section, window, cap, scale,
     CAUSAL: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Descriptors of (B, H, T, D) tensors, see `head_tiles`: tiles of Q and Out are (64, D), of K and V (BLOCK_N, D), D
-    with its padding. Max, Sum: (B, heads, n_queries) fp32. Registers a thread are FlashAttention-3's."""
+    with its padding. Max, Sum: (B, heads, n_queries) fp32. QueryStarts, KeyStarts: (sequences + 1,) of packed ones, all
+    in one batch; query_places: tiles of queries that these have places for; Counter: 0. Else None, as window and cap,
+    that of scores before they are scaled, without. Registers a thread are FlashAttention-3's."""
     dtype: gl.constexpr = q_desc.dtype
-    D: gl.constexpr = q_desc.block_shape[3]
-    BLOCK_N: gl.constexpr = k_desc.block_shape[2]
+    D: gl.constexpr = q_desc.block_shape[-1]
+    BLOCK_N: gl.constexpr = k_desc.block_shape[-2]
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     buffers = Buffers(
-        gl.allocate_shared_memory(dtype, [2 * GROUPS, 1, 1, 64, D], q_desc.layout),
-        gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, D], k_desc.layout),
-        gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, D], v_desc.layout),
+        gl.allocate_shared_memory(dtype, [2 * GROUPS, 64, D], layout),
+        gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], layout),
+        gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], layout),
         _barriers(2 * GROUPS, 1),
         _barriers(2 * GROUPS, 1),
         _barriers(STAGES, 1),
@@ -315,15 +348,24 @@ def _attention_hopper_fwd_kernel(
         _barriers(STAGES, 1),
         _barriers(STAGES, GROUPS),
     )
+    if QueryStarts is None:
+        n_tiles = gl.cdiv(n_queries, 64 * GROUPS)
+        packed = Packed(None, None, None, None, None, None, None)
+    else:
+        n_tiles = query_places
+        numbers = gl.allocate_shared_memory(gl.int32, [2 * FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        packed = Packed(QueryStarts, KeyStarts, sequences, Counter, numbers, _barriers(2, 1), _barriers(2, GROUPS))
     fence_async_shared()
-    work = Work(heads, group, n_queries, n_keys, n_heads, gl.cdiv(n_queries, 64 * GROUPS), section)
+    work = Work(heads, group, n_queries, n_keys, n_heads, n_tiles, section, window, cap, None, None)
     scale *= LOG2E
+    inputs = (q_desc, k_desc, v_desc)
+    outputs = (o_desc, Max, Sum, n_queries)
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_compute, (o_desc, Max, Sum, buffers, work, scale, 0, CAUSAL)),
-                (_compute, (o_desc, Max, Sum, buffers, work, scale, 1, CAUSAL)),
-                (_load, (q_desc, k_desc, v_desc, buffers, work, CAUSAL)),
+                (_compute, (outputs, buffers, work, packed, scale, 0, CAUSAL)),
+                (_compute, (outputs, buffers, work, packed, scale, 1, CAUSAL)),
+                (_load, (inputs, buffers, work, packed, CAUSAL)),
             ],
             [4, 1],
             [240, 24],
@@ -331,10 +373,10 @@ def _attention_hopper_fwd_kernel(
     else:
         gl.warp_specialize(
             [
-                (_compute, (o_desc, Max, Sum, buffers, work, scale, 0, CAUSAL)),
-                (_compute, (o_desc, Max, Sum, buffers, work, scale, 1, CAUSAL)),
-                (_compute, (o_desc, Max, Sum, buffers, work, scale, 2, CAUSAL)),
-                (_load, (q_desc, k_desc, v_desc, buffers, work, CAUSAL)),
+                (_compute, (outputs, buffers, work, packed, scale, 0, CAUSAL)),
+                (_compute, (outputs, buffers, work, packed, scale, 1, CAUSAL)),
+                (_compute, (outputs, buffers, work, packed, scale, 2, CAUSAL)),
+                (_load, (inputs, buffers, work, packed, CAUSAL)),
             ],
             [4, 4, 1],
             [160, 160, 24],
@@ -342,25 +384,34 @@ def _attention_hopper_fwd_kernel(
 
 
 def attention_hopper_fwd(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor, causal: bool, scale: float
-) -> None:
-    """`attention_fwd` into `out` and `statistics`, for scale > 0.
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor, causal: bool, scale: float,
+    window: int | None = None, softcap: float = 0.0, packed: tuple[Tensor, Tensor, int, int] | None = None,
+) -> None:  # fmt: skip
+    """`attention_fwd` into `out` and `statistics`, for scale > 0. packed: `Packed` of kernels/attention.py.
 
-    The third warpgroup pays where its rows are not wasted on short sequences: on an H200 from 2048 queries on.
+    The third warpgroup pays where its rows are not wasted on short sequences: on an H200 from 2048 queries on. Capped
+    scores leave it no registers.
     """
     batch, n_queries, heads, head_dim = q.shape
-    n_keys, kv_heads = k.shape[1], k.shape[2]
+    kv_heads = k.shape[2]
     block_d = 64 if head_dim <= 64 else 128
-    groups, stages = (3 if block_d == 64 and n_queries > 1024 else 2), (3 if block_d == 64 else 2)
+    starts: tuple[Any, ...] = (None, None, None, None)
+    longest_q, longest_k = n_queries, k.shape[1]
+    if packed is not None:
+        starts = *packed[:2], torch.zeros(1, dtype=torch.int32, device=q.device), packed[0].shape[0] - 1
+        longest_q, longest_k = n_queries // starts[3], packed[3]  # the queries on average
+    groups, stages = (3 if block_d == 64 and longest_q > 1024 and not softcap else 2), (3 if block_d == 64 else 2)
+    places = None if packed is None else packed_tiles(n_queries, starts[3], 64 * groups)
     processors = multiprocessors(q.device)
-    grid = min(processors, cdiv(n_queries, 64 * groups) * batch * heads)
+    grid = min(processors, (places or cdiv(n_queries, 64 * groups)) * batch * heads)
     # Sections are multiples of a quarter of the processors: four (or eight, ...) tiles of each head fill whole rounds.
     section = max(1, processors // 4)
-    section *= max(1, SECTION_BYTES * heads // (section * kv_heads * n_keys * head_dim * 4))
+    section *= max(1, SECTION_BYTES * heads // (section * kv_heads * max(longest_k, 1) * head_dim * 4))
     section = min(section, batch * heads)
+    tensors = ((q, 64), (k, 128), (v, 128), (out, 64))
     launch(
         _attention_hopper_fwd_kernel, (grid,),
-        head_tiles(q, 64, block_d), head_tiles(k, 128, block_d), head_tiles(v, 128, block_d),
-        head_tiles(out, 64, block_d), *statistics, heads, heads // kv_heads, n_queries, n_keys, batch * heads, section,
-        scale, CAUSAL=causal, GROUPS=groups, STAGES=stages, num_warps=4,
+        *(head_tiles(x, rows, block_d, packed is not None) for x, rows in tensors), *statistics, *starts, places,
+        heads, heads // kv_heads, n_queries, k.shape[1], batch * heads, section, window,
+        softcap / scale if softcap else None, scale, CAUSAL=causal, GROUPS=groups, STAGES=stages, num_warps=4,
     )  # fmt: skip

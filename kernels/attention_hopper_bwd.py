@@ -6,13 +6,12 @@ which a last kernel makes dQ in the tensors' dtype. Scores are computed transpos
 dS^T multiply dO and Q straight from registers; only dS passes through shared memory, for dQ = dS K over all 128 keys.
 A query tile's key tiles are added in a fixed order, so that all gradients are bitwise repeatable. This costs waiting,
 but the first tile is stored, not added, and no zeros need be written: in all it is no slower than adding at will.
+With a window a program walks the queries that see one of its keys; of packed sequences, those of its own.
 Not supported, but by kernels/attention.py: types other than bfloat16 and float16, head dimensions above 128 or not
 multiples of 8, tensors that TMA cannot address.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -26,57 +25,39 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ._common import LOG2E, cdiv, gradients_like, multiprocessors
+from ._hopper_schedule import (
+    SIZES,
+    Sizes,
+    end_turn,
+    keys_at,
+    next_tile,
+    part,
+    queries_at,
+    side_by_side,
+    stored,
+    wait_turn,
+)
+from ._hopper_scores import HIDDEN, masked, of_capped
+from ._hopper_tiles import KEYS, first_tile, packed_tiles, rows_of, tile_at, turn
 from ._launch import launch
+from .attention_hopper_dq import _attention_hopper_dq_kernel, _attention_hopper_rows_kernel
 from .hopper import (
     head_tiles,
     named_barrier_arrive,
     named_barrier_sync,
+    reciprocal,
     tma_load,
     tma_readable,
     tma_reduce_add,
     tma_store,
 )
 
-KEYS = gl.constexpr(128)  # of a program
-HALF = gl.constexpr(64)  # a warpgroup's share of them, and both sides of its part of a tile of dQ
+HALF = gl.constexpr(64)  # a warpgroup's share of the KEYS of a program, and both sides of its part of a tile of dQ
 TILE_QUERIES = {64: 128, 128: 64}  # in a tile, by head dimension rounded up: as many as registers hold
 # Hardware barriers. Both warpgroups have stored dS:
 DS_STORED = gl.constexpr(8)
 # Warpgroup w has stored its part of dQ in step i, for adding warp i % 2: this one + 2 (i % 2) + w.
 DQ_STORED = gl.constexpr(9)
-SIZES = ("heads", "kv_heads", "group", "n_queries", "n_keys", "width")
-
-
-@gluon.jit
-def _work(sizes, CAUSAL: gl.constexpr, QUERIES: gl.constexpr):
-    """This program's part: batch and key head, key tile, the first query tile that sees a key of it, the number of
-    query tiles that there are, and its number of steps over the tiles of all heads of the group.
-
-    A key tile's dQ is added after that of programs earlier in the grid, and those start earlier: what a program waits
-    for is always running. `width` heads run side by side, because tiles of one head follow each other at a distance.
-    Causal key tiles start with the last: if they start together, each comes to a query tile when the next has left it.
-    """
-    kv_heads, group, n_queries, n_keys, width = sizes
-    key_tiles = gl.cdiv(n_keys, KEYS)
-    tiles = gl.cdiv(n_queries, QUERIES)
-    first_head = gl.program_id(0) // (width * key_tiles) * width
-    width = gl.minimum(width, gl.num_programs(0) // key_tiles - first_head)
-    place = gl.program_id(0) - first_head * key_tiles
-    key_tile = place // width
-    first = 0
-    if CAUSAL:
-        key_tile = key_tiles - 1 - key_tile
-        first = gl.maximum(key_tile * KEYS + n_queries - n_keys, 0) // QUERIES
-    # The last query sees every key: there is always a step. Told so, the compiler needs fewer registers.
-    steps = gl.maximum(group * (tiles - first), 1)
-    return first_head + place % width, key_tile, first, tiles, steps
-
-
-@gluon.jit
-def _next(tile, head, first, tiles):
-    """The query tile after this one, in the same head or the group's next."""
-    last = tile + 1 == tiles
-    return gl.where(last, first, tile + 1), gl.where(last, head + 1, head)
 
 
 @gluon.jit
@@ -85,96 +66,62 @@ def _load_warp(inputs, smem, bars, sizes, CAUSAL: gl.constexpr, BLOCK_D: gl.cons
     q_desc, k_desc, v_desc, dout_desc, rows_desc = inputs
     q_smem, k_smem, v_smem, dout_smem, rows_smem, _, _ = smem
     k_full, v_full, q_full, dout_full, empty, _ = bars
-    bh, key_tile, first, tiles, steps = _work(sizes, CAUSAL, QUERIES)
-    kv_heads, group, _, _, _ = sizes
+    bh, key_tile, first, end, steps, _ = part(sizes, CAUSAL, QUERIES)
+    kv_heads, group = sizes.kv_heads, sizes.group
     b, kv_head = bh // kv_heads, bh % kv_heads
     mbarrier.expect(k_full, 2 * KEYS * BLOCK_D)
     for w in gl.static_range(2):
-        tma_load(k_desc, [b, kv_head, key_tile * KEYS + w * HALF, 0], k_full, k_smem.index(w))
+        tma_load(k_desc, keys_at(b, kv_head, key_tile * KEYS + w * HALF, sizes), k_full, k_smem.index(w))
     tile, head = first, kv_head * group
     for i in range(steps):
         stage = i % 2
         mbarrier.wait(empty.index(stage), (i // 2 + 1) & 1)
         full = q_full.index(stage)
         mbarrier.expect(full, 2 * QUERIES * BLOCK_D + 8 * QUERIES)
-        tma_load(q_desc, [b, head, tile * QUERIES, 0], full, q_smem.index(stage))
-        row = ((b * kv_heads * group + head) * tiles + tile) * (2 * QUERIES)
+        tma_load(q_desc, queries_at(b, head, tile * QUERIES, sizes), full, q_smem.index(stage))
+        row = stored(b * kv_heads * group + head, tile, sizes, QUERIES) * (2 * QUERIES)
         tma_load(rows_desc, [row], full, rows_smem.index(stage))
         if i == 0:
             mbarrier.expect(v_full, 2 * KEYS * BLOCK_D)
             for w in gl.static_range(2):
-                tma_load(v_desc, [b, kv_head, key_tile * KEYS + w * HALF, 0], v_full, v_smem.index(w))
+                tma_load(v_desc, keys_at(b, kv_head, key_tile * KEYS + w * HALF, sizes), v_full, v_smem.index(w))
         full = dout_full.index(stage)
         mbarrier.expect(full, 2 * QUERIES * BLOCK_D)
-        tma_load(dout_desc, [b, head, tile * QUERIES, 0], full, dout_smem.index(stage))
-        tile, head = _next(tile, head, first, tiles)
+        tma_load(dout_desc, queries_at(b, head, tile * QUERIES, sizes), full, dout_smem.index(stage))
+        tile, head = next_tile(tile, head, first, end)
 
 
 @gluon.jit
-def _wait_turn(turn, number):
-    """Wait until the int32 at address `turn` in global memory is `number`."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    gl.inline_asm_elementwise(
-        "{ .reg .pred other; .reg .b32 now; again: ld.acquire.gpu.global.b32 now, [$1]; setp.ne.s32 other, now, $2;"
-        " @other bra.uni again; fence.proxy.async; mov.b32 $0, now; }",
-        "=r,l,r",
-        [gl.zeros([32], gl.int64, layout=layout) + turn.to(gl.int64), gl.zeros([32], gl.int32, layout=layout) + number],
-        dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _pass_turn(turn):
-    """Add 1 to the int32 at address `turn` once what this warp's TMA has written is in global memory."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    gl.inline_asm_elementwise(
-        "{ .reg .pred first; cp.async.bulk.wait_group 0; fence.proxy.async; bar.warp.sync -1; setp.eq.s32 first, $2, 0;"
-        " @first red.release.gpu.global.add.s32 [$1], 1; mov.b32 $0, $2; }",
-        "=r,l,r",
-        [gl.zeros([32], gl.int64, layout=layout) + turn.to(gl.int64), gl.arange(0, 32, layout=layout)],
-        dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _add_warp(packed_desc, turns, smem, bars, sizes, PARITY: gl.constexpr, CAUSAL: gl.constexpr, QUERIES: gl.constexpr):
+def _add_warp(sums_desc, turns, smem, bars, sizes, PARITY: gl.constexpr, CAUSAL: gl.constexpr, QUERIES: gl.constexpr):
     """Add dQ of every second step to global memory when it is this key tile's turn. One warp for all steps would hold
     up the others: to wait for a turn and to pass it on takes about as long as a step."""
     dq_smem, dq_empty = smem[6], bars[5]
-    bh, key_tile, first, tiles, steps = _work(sizes, CAUSAL, QUERIES)
-    _, group, n_queries, n_keys, _ = sizes
-    tile, head = first, bh * group
+    bh, key_tile, first, end, steps, seen = part(sizes, CAUSAL, QUERIES)
+    MAYBE_SEEN: gl.constexpr = sizes.key_tile is not None or sizes.window is not None
+    tile, head = first, bh * sizes.group
     if PARITY == 1:
-        tile, head = _next(tile, head, first, tiles)
+        tile, head = next_tile(tile, head, first, end)
     for _ in range(PARITY, steps, 2):
-        block = head * tiles + tile
+        block = stored(head, tile, sizes, QUERIES)
         number = key_tile
-        if CAUSAL:  # counted from the last key tile that these queries see
-            end = gl.minimum((tile + 1) * QUERIES + n_keys - n_queries, n_keys)
-            number = (end - 1) // KEYS - key_tile
-        _wait_turn(turns + block, number)
+        if not MAYBE_SEEN or seen:
+            number = turn(tile, key_tile, sizes.n_queries, sizes.n_keys, QUERIES, CAUSAL)
+        else:
+            number = -1
+        if not MAYBE_SEEN or number >= 0:
+            wait_turn(turns + block, number)
         for w in gl.static_range(2):
             named_barrier_sync(DQ_STORED + 2 * PARITY + w, 160)
             if number == 0:
-                tma_store(packed_desc, [(2 * block + w) * HALF, 0], dq_smem.index(w))
-            else:
-                tma_reduce_add(packed_desc, [(2 * block + w) * HALF, 0], dq_smem.index(w))
+                tma_store(sums_desc, [(2 * block + w) * HALF, 0], dq_smem.index(w))
+            elif not MAYBE_SEEN or number > 0:
+                tma_reduce_add(sums_desc, [(2 * block + w) * HALF, 0], dq_smem.index(w))
         tma.store_wait(0)
         mbarrier.arrive(dq_empty, count=1)
-        _pass_turn(turns + block)
-        tile, head = _next(tile, head, first, tiles)
-        tile, head = _next(tile, head, first, tiles)
-
-
-@gluon.jit
-def _masked(p, n0, m0, n_queries, n_keys, CAUSAL: gl.constexpr):
-    """p (keys n0.., queries m0..) with 0 for keys that there are not or that the query does not see."""
-    rows: gl.constexpr = gl.SliceLayout(0, p.type.layout)
-    key = n0 + gl.arange(0, p.shape[0], layout=gl.SliceLayout(1, p.type.layout))
-    last = n_keys - 1 + gl.zeros([p.shape[1]], gl.int32, layout=rows)
-    if CAUSAL:
-        last = gl.minimum(last, m0 + n_keys - n_queries + gl.arange(0, p.shape[1], layout=rows))
-    return gl.where(key[:, None] <= last[None, :], p, 0.0)
+        if not MAYBE_SEEN or number >= 0:
+            end_turn(turns + block)
+        tile, head = next_tile(tile, head, first, end)
+        tile, head = next_tile(tile, head, first, end)
 
 
 @gluon.jit
@@ -191,21 +138,16 @@ def _dq_product(ds0, ds1, k0, k1, W: gl.constexpr, BLOCK_D: gl.constexpr):
 
 
 @gluon.jit
-def _packed(dq):
+def _arranged(dq):
     """A warpgroup's (64, 64) of dQ in the order in which it is added up: four elements that a thread holds lie
-    together, and eight threads' fill all banks of shared memory. `_unpacked` is the inverse."""
+    together, and eight threads' fill all banks of shared memory. `_restored` is the inverse."""
     # Row: warp, half, 4 and 2 of lane / 4. Column: 2 and 4 groups of 8, lane % 4, pair.
     return dq.reshape([4, 2, 4, 2, 2, 4, 4, 2]).permute([5, 0, 2, 4, 3, 6, 1, 7]).reshape([HALF, HALF])
 
 
-@triton.jit
-def _unpacked(dq):
-    return tl.reshape(tl.permute(tl.reshape(dq, [4, 4, 4, 2, 2, 4, 2, 2]), [1, 6, 2, 4, 3, 0, 5, 7]), [64, 64])
-
-
 @gluon.jit
 def _mma_warpgroup(
-    dk_desc, dv_desc, smem, bars, sizes, scale,
+    dk_desc, dv_desc, smem, bars, sizes, cap, scale,
     W: gl.constexpr, CAUSAL: gl.constexpr, BLOCK_D: gl.constexpr, QUERIES: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of 64 keys, and this warpgroup's part of each tile of dQ.
@@ -219,9 +161,10 @@ def _mma_warpgroup(
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, dk_layout, 2)
     dtype: gl.constexpr = q_smem.dtype
-    bh, key_tile, tile, tiles, steps = _work(sizes, CAUSAL, QUERIES)
-    kv_heads, _, n_queries, n_keys, _ = sizes
-    n0, first = key_tile * KEYS, tile
+    LATE: gl.constexpr = cap is not None and BLOCK_D == 64  # the cap's exponentials leave no registers for dP
+    bh, key_tile, first, end, steps, _ = part(sizes, CAUSAL, QUERIES)
+    kv_heads, n_queries, n_keys, window = sizes.kv_heads, sizes.n_queries, sizes.n_keys, sizes.window
+    n0, tile = key_tile * KEYS, first
     k, v = k_smem.index(W), v_smem.index(W)
     dk = gl.zeros([HALF, BLOCK_D], gl.float32, layout=dk_layout)
     dv = gl.zeros([HALF, BLOCK_D], gl.float32, layout=dk_layout)
@@ -236,17 +179,33 @@ def _mma_warpgroup(
         stage, following = i % 2, (i + 1) % 2
         q, dout, rows = q_smem.index(stage), dout_smem.index(stage), rows_smem.index(stage)
         mbarrier.wait(dout_full.index(stage), (i // 2) & 1)
-        dp = warpgroup_mma(v, dout.permute([1, 0]), zero, use_acc=False, is_async=True)
-        base = rows.slice(0, QUERIES).load(gl.SliceLayout(0, s_layout))
-        p = gl.exp2(s * log2_scale - base[None, :])
+        dp = zero
+        if not LATE:
+            dp = warpgroup_mma(v, dout.permute([1, 0]), zero, use_acc=False, is_async=True)
+        if cap is None:
+            base = rows.slice(0, QUERIES).load(gl.SliceLayout(0, s_layout))
+            p = gl.exp2(s * log2_scale - base[None, :])
+        else:
+            p = reciprocal(1.0 + gl.exp2(s * (2.0 * log2_scale / cap)))
         m0 = tile * QUERIES
-        if n0 + KEYS > n_keys or (CAUSAL and n0 + KEYS - 1 > m0 + n_keys - n_queries):
-            p = _masked(p, n0 + W * HALF, m0, n_queries, n_keys, CAUSAL)
+        edge = n0 + KEYS > n_keys
+        if CAUSAL:
+            edge = edge or n0 + KEYS - 1 > m0 + n_keys - n_queries
+            if window is not None:
+                edge = edge or n0 + window < m0 + QUERIES + n_keys - n_queries
+        if edge:
+            p = masked(p, 0.0 if cap is None else HIDDEN, n0 + W * HALF, m0, n_queries, n_keys, window, CAUSAL)
+        slope = p
+        if cap is not None:
+            base = rows.slice(0, QUERIES).load(gl.SliceLayout(0, s_layout))
+            slope, p = of_capped(p, base, cap)
+        if LATE:
+            dp = warpgroup_mma(v, dout.permute([1, 0]), zero, use_acc=False, is_async=True)
         p16 = gl.convert_layout(p.to(dtype), p_layout)
         dv = warpgroup_mma(p16, dout, dv, is_async=True)
         dp = warpgroup_mma_wait(1, deps=[dp])
         delta = rows.slice(QUERIES, QUERIES).load(gl.SliceLayout(0, s_layout))
-        ds = (p * (dp - delta[None, :])).to(dtype)
+        ds = (slope * (dp - delta[None, :])).to(dtype)
         ds16 = gl.convert_layout(ds, p_layout)
         dk = warpgroup_mma(ds16, q, dk, is_async=True)
         # What is overwritten here, of the step before last, the other warpgroup has read before the last barrier.
@@ -263,15 +222,15 @@ def _mma_warpgroup(
         s = warpgroup_mma(k, q_smem.index(following).permute([1, 0]), zero, use_acc=False, is_async=True)
         dq = warpgroup_mma_wait(1, deps=[dq])
         mbarrier.wait(dq_empty, (i & 1) ^ 1)
-        dq_smem.index(W).store(_packed(dq))
+        dq_smem.index(W).store(_arranged(dq))
         fence_async_shared()
         if stage == 0:
             named_barrier_arrive(DQ_STORED + W, 160)
         else:
             named_barrier_arrive(DQ_STORED + 2 + W, 160)
         s = warpgroup_mma_wait(0, deps=[s])
-        tile = gl.where(tile + 1 == tiles, first, tile + 1)
-    place = [bh // kv_heads, bh % kv_heads, n0 + W * HALF, 0]
+        tile = gl.where(tile + 1 == end, first, tile + 1)
+    place = keys_at(bh // kv_heads, bh % kv_heads, n0 + W * HALF, sizes)
     v.store(dv.to(dtype))
     fence_async_shared()
     tma_store(dv_desc, place, v)
@@ -284,12 +243,14 @@ def _mma_warpgroup(
 
 @gluon.jit(do_not_specialize=SIZES)
 def _attention_hopper_bwd_kernel(
-    q_desc, k_desc, v_desc, dout_desc, rows_desc, packed_desc, dk_desc, dv_desc, turns,
-    kv_heads, group, n_queries, n_keys, width, scale,
-    CAUSAL: gl.constexpr, BLOCK_D: gl.constexpr, QUERIES: gl.constexpr,
+    q_desc, k_desc, v_desc, dout_desc, rows_desc, sums_desc, dk_desc, dv_desc, turns,
+    QueryStarts, KeyStarts, sequences, query_places, key_places, kv_heads, group, n_queries, n_keys, width, window,
+    cap, scale, CAUSAL: gl.constexpr, BLOCK_D: gl.constexpr, QUERIES: gl.constexpr,
 ):  # fmt: skip
     """Descriptors of q, dout (B, n_queries, heads, D) and k, v, dk, dv (B, n_keys, kv_heads, D); of what
-    `_attention_hopper_rows_kernel` writes; of the sum of dQ, two (64, 64) as `_packed` for each tile."""
+    `_attention_hopper_rows_kernel` writes; of the sums of dQ, two (64, 64) as `_arranged` for each tile. QueryStarts,
+    KeyStarts: (sequences + 1,) of packed ones, and how many tiles these have places for, else None; window: None
+    without."""
     dtype: gl.constexpr = q_desc.dtype
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     bar: gl.constexpr = mbarrier.MBarrierLayout()
@@ -299,7 +260,7 @@ def _attention_hopper_bwd_kernel(
     dout_smem = gl.allocate_shared_memory(dtype, [2, QUERIES, BLOCK_D], layout)
     rows_smem = gl.allocate_shared_memory(gl.float32, [2, 2 * QUERIES], rows_desc.layout)
     ds_smem = gl.allocate_shared_memory(dtype, [4, HALF, QUERIES], layout)
-    dq_smem = gl.allocate_shared_memory(gl.float32, [2, HALF, HALF], packed_desc.layout)
+    dq_smem = gl.allocate_shared_memory(gl.float32, [2, HALF, HALF], sums_desc.layout)
     k_full = gl.allocate_shared_memory(gl.int64, [1], bar)
     v_full = gl.allocate_shared_memory(gl.int64, [1], bar)
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
@@ -316,105 +277,74 @@ def _attention_hopper_bwd_kernel(
     fence_async_shared()
     smem = (q_smem, k_smem, v_smem, dout_smem, rows_smem, ds_smem, dq_smem)
     bars = (k_full, v_full, q_full, dout_full, empty, dq_empty)
-    sizes = (kv_heads, group, n_queries, n_keys, width)
+    if QueryStarts is None:
+        sizes = Sizes(kv_heads, group, n_queries, n_keys, width, window, None, None, None, None, None, None)
+    else:
+        first_head, place, beside, number = side_by_side(key_places, width, CAUSAL)
+        sequence, key_tile = tile_at(KeyStarts, number, sequences, KEYS)
+        first_query, length = rows_of(QueryStarts, sequence)
+        first_key, keys = rows_of(KeyStarts, sequence)
+        sizes = Sizes(
+            kv_heads, group, length, keys, width, window, first_query, first_key, query_places,
+            first_tile(QueryStarts, sequence, QUERIES), first_head + place % beside, key_tile,
+        )  # fmt: skip
     inputs = (q_desc, k_desc, v_desc, dout_desc, rows_desc)
     gl.warp_specialize(
         [
-            (_mma_warpgroup, (dk_desc, dv_desc, smem, bars, sizes, scale, 0, CAUSAL, BLOCK_D, QUERIES)),
-            (_mma_warpgroup, (dk_desc, dv_desc, smem, bars, sizes, scale, 1, CAUSAL, BLOCK_D, QUERIES)),
+            (_mma_warpgroup, (dk_desc, dv_desc, smem, bars, sizes, cap, scale, 0, CAUSAL, BLOCK_D, QUERIES)),
+            (_mma_warpgroup, (dk_desc, dv_desc, smem, bars, sizes, cap, scale, 1, CAUSAL, BLOCK_D, QUERIES)),
             (_load_warp, (inputs, smem, bars, sizes, CAUSAL, BLOCK_D, QUERIES)),
-            (_add_warp, (packed_desc, turns, smem, bars, sizes, 0, CAUSAL, QUERIES)),
-            (_add_warp, (packed_desc, turns, smem, bars, sizes, 1, CAUSAL, QUERIES)),
+            (_add_warp, (sums_desc, turns, smem, bars, sizes, 0, CAUSAL, QUERIES)),
+            (_add_warp, (sums_desc, turns, smem, bars, sizes, 1, CAUSAL, QUERIES)),
         ],
         [4, 1, 1, 1],
         [240, 24, 24, 24],
     )
 
 
-@triton.jit(do_not_specialize=SIZES)
-def _attention_hopper_rows_kernel(
-    DOut, Out, Max, Sum, Rows, Turns, do_sb, do_st, do_sh, o_sb, o_st, o_sh, heads, n_queries, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr,
-):  # fmt: skip
-    """Rows: for each tile Base, then Delta, as `_attention_rows_kernel` in kernels/attention.py, also of rows beyond
-    n_queries, which see nothing. Turns: 0 for each tile."""
-    tile = tl.program_id(0).to(tl.int64)
-    tiles = tl.cdiv(n_queries, QUERIES)
-    bh, m0 = tile // tiles, tile % tiles * QUERIES
-    b, h = bh // heads, bh % heads
-    row = tl.arange(0, QUERIES)
-    col = tl.arange(0, BLOCK_D)[None, :]
-    inside = m0 + row < n_queries
-    held = inside[:, None] & (col < D)
-    DOut += b * do_sb + h * do_sh + m0 * do_st
-    Out += b * o_sb + h * o_sh + m0 * o_st
-    # In int64, like m0: a stride may be large, and TMA takes it.
-    far = row[:, None].to(tl.int64)
-    dout = tl.load(DOut + far * do_st + col, mask=held, other=0.0).to(tl.float32)
-    out = tl.load(Out + far * o_st + col, mask=held, other=0.0).to(tl.float32)
-    m = tl.load(Max + bh * n_queries + m0 + row, mask=inside, other=0.0)
-    total = tl.load(Sum + bh * n_queries + m0 + row, mask=inside, other=0.0)
-    base = tl.where(total == 0.0, float("inf"), m * (scale * LOG2E) + tl.log2(total))
-    Rows += tile * (2 * QUERIES)
-    tl.store(Rows + row, base)
-    tl.store(Rows + QUERIES + row, tl.sum(dout * out, 1))
-    tl.store(Turns + tile, 0)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def _attention_hopper_dq_kernel(
-    Packed, DQ, dq_sb, dq_st, heads, n_queries, n_keys, scale,
-    CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr,
-):  # fmt: skip
-    """DQ from one (64, 64) of its packed sum, which was not written if its queries see no key."""
-    tile, part = (tl.program_id(0) // 2).to(tl.int64), tl.program_id(0) % 2
-    tiles = tl.cdiv(n_queries, QUERIES)
-    bh, m0 = tile // tiles, tile % tiles * QUERIES
-    row = tl.arange(0, 64)[:, None]
-    col = tl.arange(0, 64)[None, :]
-    seen = (row >= 0) & (not CAUSAL or m0 + QUERIES + n_keys > n_queries)
-    dq = _unpacked(tl.load(Packed + (2 * tile + part) * 4096 + row * 64 + col, mask=seen, other=0.0)) * scale
-    if BLOCK_D == 64:
-        row += part * 64
-    else:
-        col += part * 64
-    DQ += bh // heads * dq_sb + bh % heads * D + m0 * dq_st
-    tl.store(DQ + row.to(tl.int64) * dq_st + col, dq.to(DQ.dtype.element_ty), mask=(m0 + row < n_queries) & (col < D))
-
-
 def attention_hopper_bwd(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`attention_bwd` of kernels/attention.py, for any scale. It needs memory for dq in float32, in whole tiles."""
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor, causal: bool, scale: float,
+    window: int | None = None, softcap: float = 0.0, packed: tuple[Tensor, Tensor, int, int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`attention_bwd` of kernels/attention.py, for any scale. packed: its `Packed`. It needs memory for dq in float32,
+    in whole tiles."""
     batch, n_queries, heads, head_dim = q.shape
     n_keys, kv_heads = k.shape[1], k.shape[2]
     block_d = 64 if head_dim <= 64 else 128
     queries = TILE_QUERIES[block_d]
     dout = dout if tma_readable(dout) else dout.contiguous()
     dq, dk, dv = gradients_like(q, k, v)
-    tiles = batch * heads * cdiv(n_queries, queries)
+    if packed is None:
+        starts, places = (None, None, None), (None, None)
+        tiles, key_tiles = cdiv(n_queries, queries), cdiv(n_keys, KEYS.value)
+    else:
+        starts = *packed[:2], packed[0].shape[0] - 1
+        tiles, key_tiles = packed_tiles(n_queries, starts[2], queries), packed_tiles(n_keys, starts[2], KEYS.value)
+        places = tiles, key_tiles
+    tiles *= batch * heads
     rows = torch.empty(tiles * 2 * queries, dtype=torch.float32, device=q.device)
     turns = torch.empty(tiles, dtype=torch.int32, device=q.device)
-    packed = torch.empty((tiles * 128, 64), dtype=torch.float32, device=q.device)
+    sums = torch.empty((tiles * 128, 64), dtype=torch.float32, device=q.device)
     launch(
         _attention_hopper_rows_kernel, (tiles,),
-        dout, out, *statistics, rows, turns, *dout.stride()[:3], *out.stride()[:3], heads, n_queries, abs(scale),
-        D=head_dim, BLOCK_D=block_d, QUERIES=queries, num_warps=8,
+        dout, out, *statistics, rows, turns, starts[0], starts[2], places[0], *dout.stride()[:3], *out.stride()[:3],
+        heads, n_queries, abs(scale), D=head_dim, BLOCK_D=block_d, QUERIES=queries, num_warps=8,
     )  # fmt: skip
-    key_tiles = cdiv(n_keys, KEYS.value)
+    tile, is_packed = (queries, block_d), packed is not None
     launch(
         _attention_hopper_bwd_kernel, (key_tiles * batch * kv_heads,),
-        head_tiles(q, queries, block_d), head_tiles(k, 64, block_d), head_tiles(v, 64, block_d),
-        head_tiles(dout, queries, block_d),
+        head_tiles(q, *tile, is_packed), head_tiles(k, 64, block_d, is_packed), head_tiles(v, 64, block_d, is_packed),
+        head_tiles(dout, *tile, is_packed),
         TensorDescriptor(rows, [rows.numel()], [1], [2 * queries], gl.NVMMASharedLayout(0, 32, 1)),
-        TensorDescriptor(packed, list(packed.shape), [64, 1], [64, 64], gl.NVMMASharedLayout(128, 32, 2)),
-        head_tiles(dk, 64, block_d), head_tiles(dv, 64, block_d), turns,
-        kv_heads, heads // kv_heads, n_queries, n_keys, max(1, multiprocessors(q.device) // key_tiles), scale,
+        TensorDescriptor(sums, list(sums.shape), [64, 1], [64, 64], gl.NVMMASharedLayout(128, 32, 2)),
+        head_tiles(dk, 64, block_d, is_packed), head_tiles(dv, 64, block_d, is_packed), turns, *starts, *places,
+        kv_heads, heads // kv_heads, n_queries, n_keys, max(1, multiprocessors(q.device) // key_tiles), window,
+        softcap or None, scale,
         CAUSAL=causal, BLOCK_D=block_d, QUERIES=queries, num_warps=4,
     )  # fmt: skip
     launch(
         _attention_hopper_dq_kernel, (tiles * 2,),
-        packed, dq, *dq.stride()[:2], heads, n_queries, n_keys, scale,
+        sums, dq, *starts, places[0], *dq.stride()[:2], heads, n_queries, n_keys, scale,
         CAUSAL=causal, D=head_dim, BLOCK_D=block_d, QUERIES=queries, num_warps=8,
     )  # fmt: skip
     return dq, dk, dv

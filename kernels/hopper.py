@@ -17,6 +17,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 # tma_load(descriptor, coordinates, mbarrier, destination), tma_store(descriptor, coordinates, source).
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+MANY = gl.constexpr(2**30)  # rows that no tensor has
+MAX_SOFTCAP = 256.0
 
 
 @builtin
@@ -49,6 +51,12 @@ def named_barrier_arrive(ID: gl.constexpr, THREADS: gl.constexpr):
     _named_barrier(ASM)
 
 
+@gluon.jit
+def reciprocal(x):
+    """1 / x to one unit in the last place, in one instruction: Triton's division takes several."""
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
 def tma_readable(x: Tensor) -> bool:
     """Whether a (B, T, H, D) tensor of 16-bit elements can be addressed by `head_tiles`: unit stride in D, the other
     strides and the address multiples of 16 bytes, no stride 0."""
@@ -57,24 +65,44 @@ def tma_readable(x: Tensor) -> bool:
 
 
 @functools.cache  # it costs as much as the rest of a descriptor
-def _layout(rows: int, cols: int, element_size: int) -> gl.NVMMASharedLayout:
+def _layout(shape: tuple[int, ...], element_size: int) -> gl.NVMMASharedLayout:
     dtype = {2: gl.bfloat16, 4: gl.float32}[element_size]
-    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, cols], dtype)
+    return gl.NVMMASharedLayout.get_default_for(list(shape), dtype)
 
 
-def head_tiles(x: Tensor, rows: int, cols: int) -> TensorDescriptor:
+def head_tiles(x: Tensor, rows: int, cols: int, packed: bool = False) -> TensorDescriptor:
     """TMA descriptor of a (B, T, H, D) tensor whose tiles, (1, 1, rows, cols) at (b, h, t, d), are rows of one head.
 
-    With one dimension for each of B, H and T, what lies beyond T or D reads as zero and is not written.
+    With one dimension for each of B, H and T, what lies beyond T or D reads as zero and is not written. packed: of
+    (1, T, H, D), sequences one after another; `head_rows` tells the coordinates, of which T's goes up to MANY, where a
+    sequence ends, and two more bring the address back: by 64-bit wraparound, as in Triton's tools/ragged_tma.py.
     """
     x = x.transpose(1, 2)
     # The stride of a dimension of one element is arbitrary in PyTorch; TMA wants it aligned.
     strides = [s if n > 1 else 8 for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)]
-    layout = _layout(rows, cols, x.element_size())
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, cols], layout)
+    if not packed:
+        layout = _layout((1, 1, rows, cols), x.element_size())
+        return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, cols], layout)
+    (_, heads, _, head_dim), (_, head, row) = x.shape, strides
+    layout = _layout((1, 1, 1, rows, cols), x.element_size())
+    shape, strides = [2**31 - 2**16, 2**31 - 2**16, heads, MANY.value, head_dim], [2**34 - row, row, head, row, 1]
+    return TensorDescriptor(x, shape, strides, [1, 1, 1, rows, cols], layout)
 
 
-def runs_on_hopper(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether attention's kernels for this architecture take these (B, T, H, D) tensors."""
-    fits = q.element_size() == 2 and q.shape[3] <= 128 and q.shape[3] % 8 == 0
+@gluon.jit
+def head_rows(b, h, row, first, length, PACKED: gl.constexpr):
+    """Coordinates of a tile of `head_tiles`. PACKED: of rows from `row` on in a sequence of `length` from `first` on.
+
+    MANY * (2^34 - stride) + (first + length) * stride + (MANY - length + row) * stride elements are first + row rows
+    and 2^64 elements, so none."""
+    if PACKED:
+        return [MANY, first + length, h, MANY - length + row, 0]
+    else:  # two types of results: Triton reads what follows a return
+        return [b, h, row, 0]
+
+
+def runs_on_hopper(q: Tensor, k: Tensor, v: Tensor, softcap: float = 0.0) -> bool:
+    """Whether attention's kernels for this architecture take these (B, T, H, D) tensors, causal or not, with or without
+    a window, and scores capped as far as their tanh is accurate, see `capped` in kernels/_hopper_scores.py."""
+    fits = q.element_size() == 2 and q.shape[3] <= 128 and q.shape[3] % 8 == 0 and softcap <= MAX_SOFTCAP
     return fits and all(map(tma_readable, (q, k, v)))

@@ -103,6 +103,7 @@ _ATTENTION_OPTIONS = [
     AttentionCase(1, 5, 300, 2, 1, 40, True, window=3),
     AttentionCase(1, 130, 130, 2, 1, 128, True, window=65, softcap=5.0),
     *(AttentionCase(1, 70, 90, 4, 2, 64, causal, softcap=c) for causal in (False, True) for c in (0.5, 50.0)),
+    AttentionCase(1, 70, 140, 2, 1, 128, True, window=30),
 ]
 
 # Sequences shorter and longer than a tile, without queries, without keys, without either, and none at all.
@@ -113,6 +114,38 @@ _VARLEN_LENGTHS = (
     ((33, 90), (90, 33)),
     (),
 )
+
+# What sm_90's own kernels do beside whole and causal attention, for a GPU: of their tiles (128 keys; 64, 128 or 192
+# queries) one and several, with and without a rest; windows, and sequences, that are shorter, as long, and longer.
+_TILES = ((200, 200), (0, 7), (130, 0), (0, 0), (128, 128), (70, 257), (129, 5), (700, 1000))
+HOPPER_ATTENTION_CASES: list[Case] = [
+    *(
+        AttentionCase(2, *lengths, 4, 2, d, True, window=w)
+        for d in (64, 128)
+        for lengths in ((130, 257), (257, 257), (300, 140), (5, 700), (2100, 2300))
+        for w in (1, 40, 128, 130, 500)
+    ),
+    *(
+        AttentionCase(2, 300, 450, 4, 2, d, causal, window=w, softcap=c)
+        for d in (64, 128)
+        for causal, w in ((False, None), (True, None), (True, 100))
+        for c in (0.5, 50.0)
+    ),
+    *(
+        VarlenAttentionCase(lengths, 4, 2, d, causal, w, c)
+        for d in (64, 128)
+        for lengths in (_TILES, ((1500, 1500), (900, 900)), tuple((n % 7, n % 5) for n in range(300)))
+        for causal, w, c in (
+            (False, None, 0.0),
+            (True, None, 0.0),
+            (True, 128, 0.0),
+            (True, 300, 20.0),
+            (False, None, 5.0),
+        )
+    ),
+    AttentionCase(1, 300, 300, 3, 1, 40, True, window=70),
+    VarlenAttentionCase(_TILES, 3, 1, 80, True, 70, 5.0),
+]
 
 TEST_CASES: dict[str, list[Case]] = {
     # A row of one element has a norm whose gradient is a true zero: beside the sum's gradient its rounding would show.
@@ -158,6 +191,7 @@ TEST_CASES: dict[str, list[Case]] = {
             for n in _VARLEN_LENGTHS[1:4]
             for w, c in ((9, 0.0), (None, 2.0))
         ),
+        VarlenAttentionCase(((33, 40), (0, 3), (20, 0), (70, 70)), 2, 1, 128, True, 30),
     ],
     "decode_attention": [
         DecodeAttentionCase(*shape, ragged=ragged) for shape in _DECODE_SHAPES for ragged in (False, True)
