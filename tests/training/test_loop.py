@@ -248,13 +248,18 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path: Path, number: signal.Sig
 
 
 def test_a_second_interrupt_interrupts(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+
     def data(index: int) -> Tensor:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         return batches(index)
 
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, data=data)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, data=data)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_deterministic_is_set_and_put_back(tmp_path: Path) -> None:

@@ -125,8 +125,11 @@ class VarlenAttentionCase(Defaults):
         return label + f" window {self.window}" * bool(self.window) + f" softcap {self.softcap:g}" * bool(self.softcap)
 
     def looseness(self, result: Tensor) -> float:
-        """As AttentionCase's, of which these are many."""
-        return 3.0 if result.dtype == torch.float32 else 2.0
+        """As AttentionCase's, of which these are many; 4 in the interpreter, whose BLAS decides: on one processor
+        dv of sequences of a few tokens was 2.24e-6 off beside PyTorch's 0.51e-6, on others and on a GPU within 3."""
+        if result.dtype != torch.float32:
+            return 2.0
+        return 3.0 if result.is_cuda else 4.0
 
     @property
     def inputs(self) -> dict[str, tuple[int, ...]]:
