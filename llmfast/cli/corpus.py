@@ -6,6 +6,7 @@ import platform
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 
 from .. import environment
@@ -13,6 +14,13 @@ from ..data import Dataset, Manifest, prepare
 from ..data.sources import STDLIB, check_source
 from ..evals import Rung, ladder
 from ..files import write_atomic
+
+
+def validation_text(data: Dataset, n_tokens: int | None = None) -> tuple[np.ndarray, int]:
+    """The first `n_tokens` of the validation text, or all of it, and how many bytes they are. They stand behind an end
+    of text, so that the first one is scored too, as the baselines do."""
+    tokens, end = data.tokens("val")[:n_tokens], data.tokenizer.eot_id
+    return np.concatenate(([end], tokens)), len(data.tokenizer.decode_bytes(tokens[tokens != end]))
 
 
 def is_data_folder(source: str) -> bool:

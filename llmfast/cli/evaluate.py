@@ -17,7 +17,7 @@ from ..files import write_atomic
 from ..models import GPT
 from ..tokenizers import PretrainedTokenizer, Tokenizer
 from ..training.plots import draw_positions
-from .corpus import read_ladder
+from .corpus import read_ladder, validation_text
 from .memory import explaining_memory
 from .plan import Plan
 from .runs import is_imported, load_model, read_config, run_folder
@@ -45,7 +45,7 @@ def evaluate(
         warn = lambda message: console.print(message, highlight=False, markup=False, soft_wrap=True)  # noqa: E731
         model, tokenizer = load_model(folder, where, hardware.compute_dtype(where), warn)
         data = Dataset.open(plan.data) if plan and text is None else None
-        tokens, n_bytes = _validation(data) if data else _encode(text, tokenizer)
+        tokens, n_bytes = validation_text(data) if data else _encode(text, tokenizer)
         usual = plan.training.context if plan else min(model.config.context_length, IMPORTED_CONTEXT)
         remedy = "give a smaller --context"  # the number of windows at once was halved already
         with console.status("scoring"), explaining_memory(where, remedy):
@@ -76,12 +76,6 @@ def score(model: GPT, tokens: np.ndarray, n_bytes: int, context: int, batch_size
         "nats_per_token": bpb * math.log(2) * n_bytes / (len(tokens) - 1),
         "loss_by_position": by_position.tolist(),
     }
-
-
-def _validation(data: Dataset) -> tuple[np.ndarray, int]:
-    """The validation text behind an end of text, and how many bytes it has."""
-    tokens, end = data.tokens("val"), data.tokenizer.eot_id
-    return np.concatenate(([end], tokens)), len(data.tokenizer.decode_bytes(tokens[tokens != end]))
 
 
 def _encode(path: Path | None, tokenizer: Tokenizer | PretrainedTokenizer) -> tuple[np.ndarray, int]:

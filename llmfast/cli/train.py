@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 from rich.console import Console
@@ -33,7 +32,7 @@ from ..training.plots import draw_loss
 from ..training.progress import Progress
 from ..training.trackers import TensorBoard, Tracker
 from .backends import explain_ops
-from .corpus import is_data_folder, open_data, read_ladder
+from .corpus import is_data_folder, open_data, read_ladder, validation_text
 from .defaults import DEFAULTS
 from .generate import stream
 from .memory import explaining_memory
@@ -302,10 +301,7 @@ def _finish(
 
 def _evaluate(model: GPT, data: Dataset, plan: Plan, n_tokens: int | None, stride: int) -> float:
     """Bits per byte of the first `n_tokens` of the validation text, of all of it if None."""
-    tokenizer, tokens = data.tokenizer, data.tokens("val")[:n_tokens]
-    n_bytes = len(tokenizer.decode_bytes(tokens[tokens != tokenizer.eot_id]))
-    # Behind an end of text, so that the first token is scored too, as the baselines do.
-    tokens = np.concatenate(([tokenizer.eot_id], tokens))
+    tokens, n_bytes = validation_text(data, n_tokens)
     return bits_per_byte(model, tokens, n_bytes, plan.training.context, stride, 2 * plan.training.batch_size)
 
 
