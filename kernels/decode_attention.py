@@ -41,7 +41,7 @@ class Plan(NamedTuple):
 
 
 def decode_attention_limits(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, block_table: Tensor | None, scale: float
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None, block_table: Tensor | None, scale: float
 ) -> str | None:
     """Why these kernels cannot run this call; None if they can."""
     if q.shape[3] > MAX_HEAD_DIM:
@@ -84,9 +84,9 @@ def _plan(
 
 
 @functools.lru_cache(maxsize=1024)
-def _variants(plan: Plan, head_dim: int, page: int, pdl: bool) -> tuple[Variant, Variant]:
+def _variants(plan: Plan, head_dim: int, page: int, whole: bool, pdl: bool) -> tuple[Variant, Variant]:
     """The kernel of the splits and that which combines them."""
-    sizes = {"PDL": pdl, "D": head_dim, "BLOCK_N": plan.keys, "BLOCK_D": _padded(head_dim)}
+    sizes = {"WHOLE": whole, "PDL": pdl, "D": head_dim, "BLOCK_N": plan.keys, "BLOCK_D": _padded(head_dim)}
     options = {"launch_pdl": True} if pdl else {}
     return (
         Variant(
@@ -108,7 +108,9 @@ def _exp(x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _length(Lengths, b, capacity):
+def _length(Lengths, b, capacity, WHOLE: tl.constexpr):
+    if WHOLE:
+        return capacity
     return tl.minimum(tl.maximum(tl.load(Lengths + b), 0), capacity)
 
 
@@ -122,21 +124,22 @@ def _share(length, splits, BLOCK_N: tl.constexpr):
 def _decode_kernel(
     Q, K, V, Lengths, Table, Out, Partial, Max, Sum, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, t_sb,
     heads, kv_heads, group, n_queries, capacity, splits, scale,
-    PAGE: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr, D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PAGE: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One split of the keys of one sequence and key head, for one tile of the rows that read them.
 
     Q: (B, n_queries, heads, D); Out: likewise, contiguous. K, V: (B, capacity, kv_heads, D), or with PAGE keys a page
     (n_pages, PAGE, kv_heads, D) and Table (B, capacity / PAGE). With SPLIT results are left in Partial
     (B, n_queries, heads, splits, D), not yet divided by Sum, and Max and Sum (B, n_queries, heads, splits), all fp32.
+    WHOLE: every sequence has `capacity` keys, and Lengths is not read.
     """
     n_row_tiles = tl.cdiv(group * n_queries, BLOCK_M)
     row = tl.program_id(0) % n_row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     task = tl.program_id(0) // n_row_tiles  # tiles that read the same keys follow each other, then heads, in memory too
     h, split = task % kv_heads, task // kv_heads % splits
     b = (task // (kv_heads * splits)).to(tl.int64)
-    length = _length(Lengths, b, capacity)
+    length = _length(Lengths, b, capacity, WHOLE)
     share = _share(length, splits, BLOCK_N)
     begin = split * share
     end = tl.minimum(begin + share, length)
@@ -189,12 +192,13 @@ def _decode_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def _combine_kernel(
     Partial, Max, Sum, Lengths, Out, heads, n_queries, capacity, splits,
-    PDL: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    WHOLE: tl.constexpr, PDL: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Out (B, n_queries, heads, D) from the splits of `_decode_kernel`, a row a program."""
     EXACT: tl.constexpr = Out.dtype.element_ty == tl.float32
     row = tl.program_id(0).to(tl.int64)
-    length = _length(Lengths, row // (n_queries * heads), capacity)
+    length = _length(Lengths, row // (n_queries * heads), capacity, WHOLE)
     used = tl.cdiv(length, _share(length, splits, BLOCK_N))
     col = tl.arange(0, BLOCK_D)
     acc = tl.zeros([BLOCK_D], tl.float32)
@@ -221,7 +225,7 @@ def _combine_kernel(
 
 
 def decode_attention_fwd(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, block_table: Tensor | None, scale: float
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None, block_table: Tensor | None, scale: float
 ) -> Tensor:
     """q: (B, Tq, H, D); caches: (B, capacity, Hkv, D), or pages with a block_table -> out as q, contiguous."""
     out = new_like(q)
@@ -231,7 +235,7 @@ def decode_attention_fwd(
     batch, n_queries, heads, head_dim = q.shape
     page, kv_heads = k_cache.shape[1:3]
     paged = block_table is not None
-    table = block_table if paged else lengths  # any tensor will do where there is none
+    table = block_table if paged else q  # any tensor will do where there is none
     capacity = page * table.shape[1] if paged else page
     device, group = q.device, heads // kv_heads
     arch = architecture(device)
@@ -239,19 +243,20 @@ def decode_attention_fwd(
         batch, group * n_queries, kv_heads, head_dim, q.element_size(), capacity, paged, arch, multiprocessors(device)
     )
     # Where the device can, the second kernel is launched beside the first and waits for its end.
-    decode, combine = _variants(plan, head_dim, page if paged else 0, arch >= 90)
+    decode, combine = _variants(plan, head_dim, page if paged else 0, lengths is None, arch >= 90)
     partial = maxima = sums = out  # which nobody writes to through these
     if plan.splits > 1:
         n_parts = batch * n_queries * heads * plan.splits
         partial, maxima, sums = (q.new_empty(n, dtype=torch.float32) for n in (n_parts * head_dim, n_parts, n_parts))
+    counts = q if lengths is None else lengths
     decode.launch(
         (plan.row_tiles * batch * kv_heads * plan.splits,),
-        q, k_cache, v_cache, lengths, table, out, partial, maxima, sums,
+        q, k_cache, v_cache, counts, table, out, partial, maxima, sums,
         *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], table.stride(0),
         heads, kv_heads, group, n_queries, capacity, plan.splits, scale,
     )  # fmt: skip
     if plan.splits > 1:
         combine.launch(
-            (batch * n_queries * heads,), partial, maxima, sums, lengths, out, heads, n_queries, capacity, plan.splits
+            (batch * n_queries * heads,), partial, maxima, sums, counts, out, heads, n_queries, capacity, plan.splits
         )
     return out

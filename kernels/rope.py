@@ -18,10 +18,11 @@ TILE = 1024  # pairs of a program of 4 warps
 
 @triton.jit
 def _rope_kernel(
-    X, Cos, Sin, Y, batch_stride, token_stride, head_stride, n_rows, length, heads, half,
+    X, Cos, Sin, Y, batch_stride, token_stride, head_stride, table_stride, n_rows, length, heads, half,
     BACK: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """X: (batch, length, heads, 2 half) with strides but the last; Cos, Sin: (length, half); Y: as X, contiguous.
+    """X: (batch, length, heads, 2 half) with strides but the last; Cos, Sin: (length, half),
+    rows table_stride apart; Y: as X, contiguous.
 
     ROWS heads of tokens a program, HALF >= half.
     """
@@ -32,8 +33,8 @@ def _rope_kernel(
     y_row = Y + row * (2 * half)
     pair = tl.arange(0, HALF)[None, :]
     inside = (row < n_rows) & (pair < half)
-    cos = tl.load(Cos + position * half + pair, mask=inside, other=0.0).to(tl.float32)
-    sin = tl.load(Sin + position * half + pair, mask=inside, other=0.0).to(tl.float32)
+    cos = tl.load(Cos + position * table_stride + pair, mask=inside, other=0.0).to(tl.float32)
+    sin = tl.load(Sin + position * table_stride + pair, mask=inside, other=0.0).to(tl.float32)
     if BACK:
         sin = -sin
     if INTERLEAVED:  # whole vectors are read and written, and pairs parted in registers
@@ -66,13 +67,15 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool) 
     x = x if x.stride(3) == 1 else x.contiguous()
     batch, length, heads, head_dim = x.shape
     n_rows, (rows, kernel) = batch * length * heads, _variant(head_dim, interleaved, back)
-    tensors = x, cos.contiguous(), sin.contiguous(), y
-    kernel.launch((cdiv(n_rows, rows),), *tensors, *x.stride()[:3], n_rows, length, heads, head_dim // 2)
+    if cos.stride() != sin.stride() or cos.stride(1) != 1:  # halves of wider tables are read where they are
+        cos, sin = cos.contiguous(), sin.contiguous()
+    strides = *x.stride()[:3], cos.stride(0)
+    kernel.launch((cdiv(n_rows, rows),), x, cos, sin, y, *strides, n_rows, length, heads, head_dim // 2)
     return y
 
 
 def rope_fwd(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """x: (B, T, H, D) of any strides; cos, sin: (T, D/2) -> as x, contiguous."""
+    """x: (B, T, H, D), cos, sin: (T, D/2), of any strides -> as x, contiguous."""
     return _rotate(x, cos, sin, interleaved, back=False)
 
 

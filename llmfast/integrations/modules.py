@@ -126,7 +126,7 @@ def _rotation(theirs: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tup
             return theirs(q, k, cos, sin, unsqueeze_dim)
         q, k = q.transpose(1, 2), k.transpose(1, 2)
         by_row = cos.shape[0] > 1  # positions that differ by row: to ops.rope all rows are one, with a position a token
-        cos, sin = (table.flatten(0, 1).chunk(2, dim=-1)[0] for table in (cos, sin))
+        cos, sin = (table.flatten(0, 1)[:, : table.shape[-1] // 2] for table in (cos, sin))
         rows = (x.flatten(0, 1)[None] if by_row else x for x in (q, k))
         turned = (ops.rope(x, cos, sin) for x in rows)
         q, k = (y.view(x.shape).transpose(1, 2) for y, x in zip(turned, (q, k), strict=True))

@@ -302,10 +302,12 @@ def attention_limits(
 
 
 def decode_attention_fwd(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, block_table: None, scale: float
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None, block_table: None, scale: float
 ) -> Tensor:
     """q: (B, Tq, H, D); caches: (B, capacity, Hkv, D) -> out as q. Neighbours of one length run together."""
     q, k, v = _adjacent(q), _adjacent(k_cache), _adjacent(v_cache)
+    if lengths is None:
+        return _attention_fwd(q, k, v, True, scale, False)[0]
     outs, end = [], 0
     for length, run in itertools.groupby(lengths.clamp(0, k.shape[1]).tolist()):
         start, end = end, end + len(list(run))
@@ -315,12 +317,12 @@ def decode_attention_fwd(
 
 
 def decode_attention_limits(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, block_table: Tensor | None, scale: float
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None, block_table: Tensor | None, scale: float
 ) -> str | None:
     """Why the kernels cannot run this call."""
     if block_table is not None:
         return "has no paged cache"
-    if torch.compiler.is_compiling():
+    if lengths is not None and torch.compiler.is_compiling():
         return "reads the lengths, so it is not traced by torch.compile"
     return attention_limits(q, k_cache, v_cache, True, scale, None, 0.0, False)
 

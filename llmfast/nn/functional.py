@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import arguments, registry
+from ..ops.functional import run
 
 
 def scaled_dot_product_attention(
@@ -34,8 +35,8 @@ def scaled_dot_product_attention(
         warn_fallback("scaled_dot_product_attention", call)
         options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
-    op, args, options = call
-    return getattr(ops, op)(*args, **options).transpose(1, 2)
+    op, args = call
+    return run(op, None, args).transpose(1, 2)
 
 
 def explain(
@@ -52,8 +53,7 @@ def explain(
     call = _plan(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if isinstance(call, str):
         return f"scaled_dot_product_attention: PyTorch's, because {call}"
-    op, args, options = call
-    return ops.explain(op, *args, **options)
+    return registry.explain(*call)
 
 
 @functools.cache
@@ -67,7 +67,7 @@ def warn_fallback(function: str, reason: str) -> None:
     _warn_once(f"{function}: PyTorch's runs, because {reason}")
 
 
-Call = tuple[str, tuple[Tensor, ...], dict[str, Any]]  # an op of ours and its arguments
+Call = tuple[str, tuple[Any, ...]]  # an op of ours and its arguments, checked
 
 
 def _plan(
@@ -93,17 +93,14 @@ def _plan(
         key, value = key[:, :, :queries], value[:, :, :queries]
     q, k, v = (t.transpose(1, 2) for t in autocast(query, key, value))
     if queries == 1 and not (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))):
-        lengths = torch.full((q.shape[0],), k.shape[1], dtype=torch.int32, device=q.device)
-        call = "decode_attention", (q, k, v, lengths), {"scale": scale}
+        call = op, args = "decode_attention", arguments.decode_attention(q, k, v, scale=scale)
     else:
-        call = "attention", (q, k, v), {"causal": is_causal, "scale": scale}
+        call = op, args = "attention", arguments.attention(q, k, v, causal=is_causal, scale=scale)
     if torch.compiler.is_compiling() or registry.current_backend() != registry.AUTO:
         return call
-    op, args, options = call
-    checked = arguments.ARGUMENTS[op](*args, **options)
-    if registry.chosen(op, checked)[0] != registry.REFERENCE:
+    if registry.chosen(op, args)[0] != registry.REFERENCE:
         return call
-    return "; ".join(f"{name} {reason}" for name, reason in registry.reasons(op, checked).items() if reason)
+    return "; ".join(f"{name} {reason}" for name, reason in registry.reasons(op, args).items() if reason)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

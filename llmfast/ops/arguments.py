@@ -196,7 +196,7 @@ def decode_attention(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    lengths: Tensor,
+    lengths: Tensor | None = None,
     *,
     block_table: Tensor | None = None,
     scale: float | None = None,
@@ -206,9 +206,11 @@ def decode_attention(
     for name, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         if t.requires_grad and torch.is_grad_enabled():
             raise InputError(f"{op}: {name} requires a gradient, and there is none; use no_grad, or attention")
-    _check_kind(op, "lengths", lengths, torch.int32, q.device)
-    if lengths.shape != (batch,):
-        raise InputError(f"{op}: lengths have shape {tuple(lengths.shape)}; they must be ({batch},), one a sequence")
+    if lengths is not None:
+        _check_kind(op, "lengths", lengths, torch.int32, q.device)
+        if lengths.shape != (batch,):
+            shape = tuple(lengths.shape)
+            raise InputError(f"{op}: lengths have shape {shape}; they must be ({batch},), one a sequence")
     if block_table is not None:
         _check_kind(op, "block_table", block_table, torch.int32, q.device)
         if block_table.dim() != 2 or block_table.shape[0] != batch:

@@ -19,7 +19,7 @@ def softmax(x: Tensor, *, mask: Tensor | None = None, causal: bool = False, back
     mask: bool, broadcastable to x, False where an element takes no part. `causal`: row i of the last two dimensions
     (Tq, Tk) sees columns j <= i + Tk - Tq. A row of which nothing takes part gives zeros.
     """
-    return _run("softmax", backend, arguments.softmax(x, mask=mask, causal=causal))
+    return run("softmax", backend, arguments.softmax(x, mask=mask, causal=causal))
 
 
 def layer_norm(
@@ -31,7 +31,7 @@ def layer_norm(
     backend: str | None = None,
 ) -> Tensor:
     """Layer normalisation over the last dimension. x: (..., N); weight, bias: (N,), of x's dtype or float32."""
-    return _run("layer_norm", backend, arguments.layer_norm(x, weight, bias, eps))
+    return run("layer_norm", backend, arguments.layer_norm(x, weight, bias, eps))
 
 
 @overload
@@ -80,14 +80,14 @@ def attention(
     log-sum-exp (B, H, Tq), float32, which has no gradient.
     """
     options = {"window": window, "softcap": softcap, "return_lse": return_lse}
-    return _run("attention", backend, arguments.attention(q, k, v, causal=causal, scale=scale, **options))
+    return run("attention", backend, arguments.attention(q, k, v, causal=causal, scale=scale, **options))
 
 
 def decode_attention(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    lengths: Tensor,
+    lengths: Tensor | None = None,
     *,
     block_table: Tensor | None = None,
     scale: float | None = None,
@@ -97,12 +97,12 @@ def decode_attention(
 
     q: (B, Tq, H, D) -> (B, Tq, H, D). k_cache, v_cache: (B, capacity, Hkv, D), or pages (n_pages, page_size, Hkv, D)
     with block_table (B, max_pages) int32, the page of each page_size keys in turn. lengths: (B,) int32, from 0 to the
-    capacity. Query i sees keys j < lengths[b] - (Tq - 1 - i); one that sees none gives zeros. What lies past the
-    lengths is not read, in the cache or in block_table. Neither lengths nor block_table are waited for, so that a
-    captured graph replays with others. No gradient.
+    capacity, which is what all have without them. Query i sees keys j < lengths[b] - (Tq - 1 - i); one that sees none
+    gives zeros. What lies past the lengths is not read, in the cache or in block_table. Neither lengths nor block_table
+    are waited for, so that a captured graph replays with others. No gradient.
     """
     args = arguments.decode_attention(q, k_cache, v_cache, lengths, block_table=block_table, scale=scale)
-    return _run("decode_attention", backend, args)
+    return run("decode_attention", backend, args)
 
 
 def attention_varlen(
@@ -129,7 +129,7 @@ def attention_varlen(
     """
     options = {"causal": causal, "scale": scale, "window": window, "softcap": softcap, "return_lse": return_lse}
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return _run("attention_varlen", backend, arguments.attention_varlen(q, k, v, *lengths, **options))
+    return run("attention_varlen", backend, arguments.attention_varlen(q, k, v, *lengths, **options))
 
 
 def rms_norm(
@@ -139,7 +139,7 @@ def rms_norm(
 
     x: (..., N); weight: (N,), of x's dtype or float32.
     """
-    return _run("rms_norm", backend, arguments.rms_norm(x, weight, eps, offset=offset))
+    return run("rms_norm", backend, arguments.rms_norm(x, weight, eps, offset=offset))
 
 
 def add_layer_norm(
@@ -155,7 +155,7 @@ def add_layer_norm(
 
     x, residual: (..., N), of one dtype.
     """
-    return _run("add_layer_norm", backend, arguments.add_layer_norm(x, residual, weight, bias, eps))
+    return run("add_layer_norm", backend, arguments.add_layer_norm(x, residual, weight, bias, eps))
 
 
 def add_rms_norm(
@@ -168,12 +168,12 @@ def add_rms_norm(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """rms_norm(x + residual) and the sum itself, in one pass: (norm, sum), as add_layer_norm."""
-    return _run("add_rms_norm", backend, arguments.add_rms_norm(x, residual, weight, eps, offset=offset))
+    return run("add_rms_norm", backend, arguments.add_rms_norm(x, residual, weight, eps, offset=offset))
 
 
 def gelu(x: Tensor, *, approximate: Literal["none", "tanh"] = "none", backend: str | None = None) -> Tensor:
     """x * Phi(x), element by element; `approximate="tanh"` is GPT-2's."""
-    return _run("gelu", backend, arguments.gelu(x, approximate=approximate))
+    return run("gelu", backend, arguments.gelu(x, approximate=approximate))
 
 
 def bias_gelu(
@@ -184,24 +184,24 @@ def bias_gelu(
     backend: str | None = None,
 ) -> Tensor:
     """gelu(x + bias): a linear layer's bias and activation in one pass. x: (..., N); bias: (N,), as layer_norm's."""
-    return _run("bias_gelu", backend, arguments.bias_gelu(x, bias, approximate=approximate))
+    return run("bias_gelu", backend, arguments.bias_gelu(x, bias, approximate=approximate))
 
 
 def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     """silu(gate) * up, element by element; both of one shape and dtype."""
-    return _run("swiglu", backend, arguments.swiglu(gate, up))
+    return run("swiglu", backend, arguments.swiglu(gate, up))
 
 
 def geglu(
     gate: Tensor, up: Tensor, *, approximate: Literal["none", "tanh"] = "tanh", backend: str | None = None
 ) -> Tensor:
     """gelu(gate) * up, element by element; both of one shape and dtype."""
-    return _run("geglu", backend, arguments.geglu(gate, up, approximate=approximate))
+    return run("geglu", backend, arguments.geglu(gate, up, approximate=approximate))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
     """x @ weight^T + bias. x: (..., N); weight: (M, N); bias: (M,), of x's dtype or float32 -> (..., M)."""
-    return _run("linear", backend, arguments.linear(x, weight, bias))
+    return run("linear", backend, arguments.linear(x, weight, bias))
 
 
 def activation_linear(
@@ -221,7 +221,7 @@ def activation_linear(
     float32 -> (..., M).
     """
     args = arguments.activation_linear(x, weight, bias, up=up, x_bias=x_bias, activation=activation)
-    return _run("activation_linear", backend, args)
+    return run("activation_linear", backend, args)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, backend: str | None = None) -> Tensor:
@@ -229,7 +229,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, back
 
     x: (B, T, H, D) with D even; cos, sin: (T, D/2), which is where any scaling of positions belongs.
     """
-    return _run("rope", backend, arguments.rope(x, cos, sin, interleaved=interleaved))
+    return run("rope", backend, arguments.rope(x, cos, sin, interleaved=interleaved))
 
 
 def cross_entropy(
@@ -254,7 +254,7 @@ def cross_entropy(
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
     in_place = in_place and not torch.compiler.is_compiling()  # a compiler plans memory itself
     options |= {"reduction": reduction, "n_classes": n_classes, "in_place": in_place}
-    return _run("cross_entropy", backend, arguments.cross_entropy(logits, targets, **options))
+    return run("cross_entropy", backend, arguments.cross_entropy(logits, targets, **options))
 
 
 def linear_cross_entropy(
@@ -276,7 +276,7 @@ def linear_cross_entropy(
     """
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
     args = arguments.linear_cross_entropy(x, weight, targets, bias, reduction=reduction, **options)
-    return _run("linear_cross_entropy", backend, args)
+    return run("linear_cross_entropy", backend, args)
 
 
 def embedding(weight: Tensor, tokens: Tensor, *, padding_idx: int | None = None, backend: str | None = None) -> Tensor:
@@ -284,7 +284,7 @@ def embedding(weight: Tensor, tokens: Tensor, *, padding_idx: int | None = None,
 
     weight: (V, D); tokens: int64 of any shape, in [0, V) -> (*tokens.shape, D).
     """
-    return _run("embedding", backend, arguments.embedding(weight, tokens, padding_idx=padding_idx))
+    return run("embedding", backend, arguments.embedding(weight, tokens, padding_idx=padding_idx))
 
 
 def adamw_(
@@ -323,19 +323,11 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     """
     if op not in arguments.ARGUMENTS:
         raise InputError(f"unknown op {op!r}; choose one of: {', '.join(arguments.ARGUMENTS)}")
-    full = arguments.ARGUMENTS[op](*args, **kwargs)
-    chosen, asked = registry.chosen(op, full), registry.current_backend()
-    how = "chosen by auto" if asked == registry.AUTO else f"chosen, as {asked} is asked for"
-    lines = []
-    for name, reason in registry.reasons(op, full).items():
-        for direction, taken in zip(("forward", "backward"), chosen, strict=True):
-            if name == taken:
-                reason = how if chosen == (name, name) else f"{how} for the {direction} pass"
-        lines.append(f"{op}: {name}: {reason or 'can run'}")
-    return "\n".join(lines)
+    return registry.explain(op, arguments.ARGUMENTS[op](*args, **kwargs))
 
 
-def _run(op: str, backend: str | None, args: tuple[Any, ...]) -> Any:
+def run(op: str, backend: str | None, args: tuple[Any, ...]) -> Any:
+    """An op by what `arguments.ARGUMENTS[op]` makes of its arguments, which have been checked thereby."""
     if torch.compiler.is_compiling():
         from . import compiled
 

@@ -129,9 +129,9 @@ def attention_varlen(
 
 
 def decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, block_table: Tensor | None, scale: float
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None, block_table: Tensor | None, scale: float
 ) -> Tensor:
-    """Causal attention of the last Tq tokens of each sequence over a cache of which it holds the first lengths[b] keys.
+    """Causal attention of the last Tq tokens of each sequence over the first lengths[b] keys of a cache, or over all.
 
     q: (B, Tq, H, D); k_cache, v_cache: (B, capacity, Hkv, D), or (n_pages, page_size, Hkv, D) where block_table
     (B, max_pages) tells the page of each page_size keys in turn (https://arxiv.org/abs/2309.06180). Query i sees keys
@@ -143,6 +143,8 @@ def decode_attention(
     acc = _accumulation_dtype(q)
     (n_queries, heads), (capacity, kv_heads) = q.shape[1:3], k_cache.shape[1:3]
     key, query = (torch.arange(n, device=q.device) for n in (capacity, n_queries))
+    if lengths is None:
+        lengths = torch.full((q.shape[0],), capacity, dtype=torch.int32, device=q.device)
     unwritten = key >= lengths[:, None]  # (B, capacity)
     kh, vh = (t.to(acc).masked_fill(unwritten[..., None, None], 0.0).transpose(1, 2) for t in (k_cache, v_cache))
     group = heads // kv_heads

@@ -252,3 +252,16 @@ def chosen(op: str, args: tuple[Any, ...]) -> tuple[str, str]:
 def reasons(op: str, args: tuple[Any, ...]) -> dict[str, str | None]:
     """For every backend of `op`, best first: None if it can run this call, else the reason why not."""
     return {row.name: _why_not(op, row, args) for row in BACKENDS[op]} | {REFERENCE: None}
+
+
+def explain(op: str, args: tuple[Any, ...]) -> str:
+    """A line for every backend: whether it runs this call, and by whose choice, or why it cannot."""
+    taken, asked = chosen(op, args), current_backend()
+    how = "chosen by auto" if asked == AUTO else f"chosen, as {asked} is asked for"
+    lines = []
+    for name, reason in reasons(op, args).items():
+        for direction, backend in zip(("forward", "backward"), taken, strict=True):
+            if name == backend:
+                reason = how if taken == (name, name) else f"{how} for the {direction} pass"
+        lines.append(f"{op}: {name}: {reason or 'can run'}")
+    return "\n".join(lines)

@@ -192,6 +192,20 @@ def test_expanded_gradient(case: Case, backend: str, device: str) -> None:
     check(case, inputs, backend, torch.full((), 0.7, device=device).expand(case.output))
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("backend", COVERED["rope"])
+def test_rope_reads_halves_of_wider_tables(backend: str, interleaved: bool, device: str) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+    if backend == "cpp" and interleaved:
+        pytest.skip("cpp has one layout")
+    x, wide = torch.randn(2, 5, 3, 8, device=device), torch.randn(2, 5, 8, device=device)
+    expected = ops.rope(x, *wide[..., :4].contiguous(), interleaved=interleaved, backend=backend)
+    assert torch.equal(ops.rope(x, *wide[..., :4], interleaved=interleaved, backend=backend), expected)
+    apart = wide[0, :, :4], wide[1, :, :4].contiguous()  # each with strides of its own
+    assert torch.equal(ops.rope(x, *apart, interleaved=interleaved, backend=backend), expected)
+
+
 @pytest.mark.parametrize("backend", COVERED["attention"])
 def test_attention_reads_packed_qkv_by_strides(backend: str, device: str) -> None:
     """q, k and v as slices of one projection, as the model hands them over, equal their copies bit for bit."""

@@ -45,6 +45,15 @@ def test_lengths_outside_the_cache_read_nothing_outside(backend: str, device: st
 
 
 @EACH
+@pytest.mark.parametrize("capacity", [70, 5000])
+def test_without_lengths_all_of_the_cache_counts(capacity: int, backend: str, device: str) -> None:
+    needs_triton(backend)
+    q, k, v = make_inputs(DecodeAttentionCase(2, 2, capacity, 4, 2, 64), device, torch.float32)
+    full = ops.decode_attention(q, k, v, lengths(capacity, capacity, device=device), backend=backend)
+    assert torch.equal(ops.decode_attention(q, k, v, backend=backend), full)
+
+
+@EACH
 @pytest.mark.parametrize("scale", [0.0, -0.3, 2.0])
 def test_scale(scale: float, backend: str, device: str) -> None:
     needs_triton(backend)
@@ -75,6 +84,8 @@ def test_pages_change_no_bit(device: str) -> None:
     caches = [cache[table.long()].flatten(1, 2) for cache in (k, v)]
     out = ops.decode_attention(q, k, v, n, block_table=table, backend="triton")
     assert torch.equal(out, ops.decode_attention(q, *caches, n, backend="triton"))
+    whole = ops.decode_attention(q, k, v, block_table=table.clamp(min=0), backend="triton")
+    assert torch.equal(whole, ops.decode_attention(q, *caches, backend="triton"))
 
 
 def test_every_number_of_splits_gives_the_result(monkeypatch: pytest.MonkeyPatch, device: str) -> None:

@@ -207,8 +207,9 @@ class DecodeAttentionCase(Defaults):
     differentiable = False
 
     def looseness(self, result: Tensor) -> float:
-        """As AttentionCase's for a single query, whatever PyTorch does here for several."""
-        return 3.0 if result.dtype == torch.float32 else 2.0
+        """As AttentionCase's of a single query, but that PyTorch's own product of matrices, which the reference takes,
+        needed 3.2 on an H200."""
+        return 4.0 if result.dtype == torch.float32 else 2.0
 
     @property
     def label(self) -> str:
