@@ -109,9 +109,9 @@ def _exp(x, EXACT: tl.constexpr):
 
 @triton.jit
 def _length(Lengths, b, capacity, WHOLE: tl.constexpr):
-    if WHOLE:
-        return capacity
-    return tl.minimum(tl.maximum(tl.load(Lengths + b), 0), capacity)
+    if not WHOLE:
+        capacity = tl.minimum(tl.maximum(tl.load(Lengths + b), 0), capacity)
+    return capacity
 
 
 @triton.jit

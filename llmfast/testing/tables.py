@@ -194,7 +194,8 @@ TEST_CASES: dict[str, list[Case]] = {
         VarlenAttentionCase(((33, 40), (0, 3), (20, 0), (70, 70)), 2, 1, 128, True, 30),
     ],
     "decode_attention": [
-        DecodeAttentionCase(*shape, ragged=ragged) for shape in _DECODE_SHAPES for ragged in (False, True)
+        *(DecodeAttentionCase(*shape, ragged=ragged) for shape in _DECODE_SHAPES for ragged in (False, True)),
+        DecodeAttentionCase(3, 2, 300, 8, 2, 64, counted=False),
     ],
 }
 

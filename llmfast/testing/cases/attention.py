@@ -203,6 +203,8 @@ class DecodeAttentionCase(Defaults):
     """Keys in a page; 0 for a cache without pages."""
     ragged: bool = False
     """Whether lengths differ, and NaN lies past them."""
+    counted: bool = True
+    """Whether lengths are given at all."""
     op: str = "decode_attention"
     differentiable = False
 
@@ -215,7 +217,8 @@ class DecodeAttentionCase(Defaults):
     def label(self) -> str:
         heads = str(self.heads) if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
         label = f"B{self.batch} T{self.n_queries}/{self.capacity} H{heads} D{self.head_dim}"
-        return label + f" pages of {self.page_size}" * bool(self.page_size) + " ragged" * self.ragged
+        label += f" pages of {self.page_size}" * bool(self.page_size) + " ragged" * self.ragged
+        return label + " whole" * (not self.counted)
 
     @property
     def plain(self) -> bool:
@@ -254,7 +257,8 @@ class DecodeAttentionCase(Defaults):
 
     def ours(self, *tensors: Tensor, backend: str) -> Tensor:
         q, k_cache, v_cache = tensors
-        lengths, table = self.lengths(q.device)[-q.shape[0] :], self.block_table(q.device)
+        lengths = self.lengths(q.device)[-q.shape[0] :] if self.counted else None
+        table = self.block_table(q.device)
         return ops.decode_attention(q, k_cache, v_cache, lengths, block_table=table, backend=backend)
 
     def torch(self, *tensors: Tensor) -> Tensor:
