@@ -4,6 +4,7 @@ import hashlib
 import json
 import platform
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,17 @@ from rich.console import Console
 from .. import environment
 from ..data import Dataset, Manifest, prepare
 from ..data.sources import STDLIB, check_source
+from ..errors import InputError
 from ..evals import Rung, ladder
 from ..files import write_atomic
+from ..tokenizers import AnyTokenizer
 
 
 def validation_text(data: Dataset, n_tokens: int | None = None) -> tuple[np.ndarray, int]:
     """The first `n_tokens` of the validation text, or all of it, and how many bytes they are. They stand behind an end
     of text, so that the first one is scored too, as the baselines do."""
-    tokens, end = data.tokens("val")[:n_tokens], data.tokenizer.eot_id
-    return np.concatenate(([end], tokens)), len(data.tokenizer.decode_bytes(tokens[tokens != end]))
+    tokens = np.concatenate(([data.tokenizer.eot_id], data.tokens("val")[:n_tokens]))
+    return tokens, len(data.text("val", n_tokens))
 
 
 def is_data_folder(source: str) -> bool:
@@ -28,19 +31,33 @@ def is_data_folder(source: str) -> bool:
     return source not in ("", STDLIB) and Manifest.is_in(Path(source))
 
 
-def open_data(source: str, vocab_size: int, console: Console) -> Dataset:
-    """`source` as a data folder: itself if it is one, else prepared in the cache unless it is there already."""
+def check_tokenizer(source: str, tokenizer: AnyTokenizer, run_dir: Path) -> None:
+    """InputError where `source` is a data folder whose tokens are not of the run's `tokenizer`."""
+    if not is_data_folder(source):
+        return
+    found = Manifest.load(Path(source)).tokenizer_fingerprint
+    if found != tokenizer.fingerprint:
+        raise InputError(
+            f"{source}: holds tokens of the tokenizer {found[:16]}, but {run_dir} has {tokenizer.fingerprint[:16]};"
+            f" give the text itself, or prepare it with: llmfast data TEXT --out FOLDER --tokenizer {run_dir}"
+        )
+
+
+def open_data(source: str, vocabulary: int | AnyTokenizer, console: Console) -> Dataset:
+    """`source` as a data folder: itself if it is one, else prepared in the cache unless it is there already, with the
+    tokenizer `vocabulary`, or with a new one of that size."""
     if is_data_folder(source):
         return Dataset.open(source)
     check_source(source)
-    folder = environment.cache_dir() / "data" / _key(source, vocab_size)
+    new = isinstance(vocabulary, int)
+    make = partial(prepare, vocab_size=vocabulary) if new else partial(prepare, tokenizer=vocabulary)
+    folder = environment.cache_dir() / "data" / _key(source, vocabulary)
     if not Manifest.is_in(folder):
         console.print(f"preparing {source} in {folder}", highlight=False, markup=False, soft_wrap=True)
         with console.status("") as status:
-            prepare(
+            make(
                 source,
                 folder,
-                vocab_size=vocab_size,
                 on_progress=lambda stage, fraction: status.update(f"{stage} {fraction:.0%}"),
             )
     return Dataset.open(folder)
@@ -78,14 +95,16 @@ def _read_rungs(path: Path) -> list[Rung]:
         return []
 
 
-def _key(source: str, vocab_size: int) -> str:
-    """A name that changes with the interpreter for its library, and with names, sizes or times of files otherwise."""
+def _key(source: str, vocabulary: int | AnyTokenizer) -> str:
+    """A name that changes with the tokenizer, and with the interpreter for its library or with names, sizes or times of
+    files."""
+    tokens = str(vocabulary) if isinstance(vocabulary, int) else vocabulary.fingerprint[:16]
     if source == STDLIB:
-        return f"stdlib-{platform.python_version()}-{vocab_size}"
+        return f"stdlib-{platform.python_version()}-{tokens}"
     path = Path(source).resolve()
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     digest = hashlib.sha256()
     for file in files:
         status = file.stat()
         digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape"))
-    return f"{path.stem}-{vocab_size}-{digest.hexdigest()[:16]}"
+    return f"{path.stem}-{tokens}-{digest.hexdigest()[:16]}"

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..data import Manifest, prepare
+from .runs import CONFIG, load_tokenizer
 
 
 def data(
@@ -15,16 +16,19 @@ def data(
     out: Annotated[Path, typer.Option(help="The data folder to write.")],
     vocab_size: Annotated[int, typer.Option(help="Tokens of the tokenizer trained on the text.")] = 8192,
     val_fraction: Annotated[float, typer.Option(help="Share of the bytes held back for validation.")] = 0.05,
-    tokenizer: Annotated[Path | None, typer.Option(help="Use this tokenizer instead of training one.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Use this tokenizer.json, or a run's, instead of training one.")
+    ] = None,
 ) -> None:
     """Prepare a text for training: tokenizer, token shards and manifest."""
     console = Console()
+    used = load_tokenizer(tokenizer) if tokenizer and (tokenizer / CONFIG).is_file() else tokenizer
     with console.status("") as status:
         manifest = prepare(
             source,
             out,
             vocab_size=vocab_size,
-            tokenizer=tokenizer,
+            tokenizer=used,
             val_fraction=val_fraction,
             on_progress=lambda stage, fraction: status.update(f"{stage} {fraction:.0%}"),
         )

@@ -16,6 +16,11 @@ class Defaults:
     """Tokens at once at which the device is busy: `--batch-size auto` goes no further, however much memory is left."""
 
 
+# In their place where a run begins from trained weights, which a pretraining's rate would undo: the rate that
+# transformers fine-tunes with (https://huggingface.co/docs/transformers/main_classes/trainer), and a decay that leaves
+# them where they are.
+FINE_TUNING: dict[str, Any] = {"learning_rate": 5e-5, "weight_decay": 0.01}
+
 DEFAULTS = {
     "cpu": Defaults(
         preset="mini",

@@ -15,12 +15,12 @@ from ..data import Dataset
 from ..errors import InputError
 from ..files import write_atomic
 from ..models import GPT
-from ..tokenizers import PretrainedTokenizer, Tokenizer
+from ..tokenizers import AnyTokenizer
 from ..training.plots import draw_positions
 from .corpus import read_ladder, validation_text
 from .memory import explaining_memory
 from .plan import Plan
-from .runs import is_imported, load_model, read_config, run_folder
+from .runs import is_only_imported, load_model, read_config, run_folder
 
 IMPORTED_CONTEXT = 1024  # tokens, at most, for a model that was imported: no run says how many it shall see
 
@@ -37,7 +37,7 @@ def evaluate(
 ) -> None:
     """Bits per byte and loss of a run's model on a text, beside the baselines, and its loss by position."""
     console, where, folder = Console(), hardware.device(device), run_folder(run)
-    imported = is_imported(folder)
+    imported = is_only_imported(folder)
     if imported and text is None:
         raise InputError(f"{folder}: was imported and has no validation text; give --text")
     plan = None if imported else Plan.from_dict(read_config(folder), folder)
@@ -78,7 +78,7 @@ def score(model: GPT, tokens: np.ndarray, n_bytes: int, context: int, batch_size
     }
 
 
-def _encode(path: Path | None, tokenizer: Tokenizer | PretrainedTokenizer) -> tuple[np.ndarray, int]:
+def _encode(path: Path | None, tokenizer: AnyTokenizer) -> tuple[np.ndarray, int]:
     """A file's text as the model would be given it, up to what ends one, and how many bytes it has."""
     assert path is not None
     try:

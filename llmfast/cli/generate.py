@@ -10,7 +10,7 @@ import typer
 from .. import hardware, inference, ops
 from ..errors import InputError
 from ..models import GPT
-from ..tokenizers import PretrainedTokenizer, Tokenizer
+from ..tokenizers import AnyTokenizer, PretrainedTokenizer
 from .runs import load_model, run_folder
 
 Run = Annotated[str | None, typer.Argument(help="A run folder; the newest under runs/ by default.")]
@@ -71,7 +71,7 @@ def chat(
 
 def stream(
     model: GPT,
-    tokenizer: Tokenizer | PretrainedTokenizer,
+    tokenizer: AnyTokenizer,
     prompt: str,
     max_tokens: int,
     temperature: float = 0.8,
@@ -90,7 +90,7 @@ def stream(
 
 def _continue(
     model: GPT,
-    tokenizer: Tokenizer | PretrainedTokenizer,
+    tokenizer: AnyTokenizer,
     ids: list[int],
     max_tokens: int,
     temperature: float,

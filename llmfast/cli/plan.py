@@ -15,8 +15,8 @@ from ..models.gpt import MAX_LOGITS
 from ..testing.timing import matrix_product_flops
 from ..training import TrainConfig
 from ..training.progress import clock
-from .defaults import DEFAULTS
-from .runs import config_of
+from .defaults import DEFAULTS, FINE_TUNING
+from .runs import config_of, read_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 AUTO = "auto"  # for a batch size
@@ -26,7 +26,11 @@ PEAK_SHARE = 0.4  # of the matrix products' rate that training is expected to re
 
 @dataclass(frozen=True)
 class Plan:
-    """A run: `dtype` names what the model computes in, `data` is the data folder, `eval_tokens` as in Defaults."""
+    """A run: `dtype` names what the model computes in, `data` is the data folder, `eval_tokens` as in Defaults.
+
+    `parent` is the run whose weights it begins with, if it fine-tunes; `imported` what is known of the other library's
+    model that these came from, for an export.
+    """
 
     preset: str
     model: Config
@@ -34,6 +38,8 @@ class Plan:
     dtype: str
     data: str
     eval_tokens: int
+    parent: str | None = None
+    imported: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -43,11 +49,15 @@ class Plan:
         for name in ("preset", "data"):
             if not isinstance(getattr(self, name), str):
                 raise InputError(f"{name} is {getattr(self, name)!r}; it must be a text")
+        for name, kind in (("parent", str), ("imported", dict)):
+            if not isinstance(getattr(self, name), kind | None):
+                raise InputError(f"{name} is {getattr(self, name)!r}; leave it out or restore it")
         self.training.check_fits(self.model)
 
     def to_dict(self) -> dict[str, Any]:
         nested = {"model": self.model.to_dict(), "training": self.training.to_dict()}
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | nested
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | nested
+        return {name: value for name, value in values.items() if value is not None}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], origin: Path) -> "Plan":
@@ -65,16 +75,26 @@ class Plan:
 
 
 def make_plan(
-    device: hardware.Device, preset_name: str | None, dtype: str, data: str, vocab_size: int | None, **options: Any
+    device: hardware.Device,
+    preset_name: str | None,
+    dtype: str,
+    data: str,
+    vocab_size: int | None,
+    parent: Path | None = None,
+    **options: Any,
 ) -> Plan:
     """The defaults for the type of `device`, with the options that are not None in their place. They are TrainConfig's
     fields, where batch_size may be AUTO, and `tokens`, from which max_steps is made.
 
-    The model gets the vocabulary of the data, `vocab_size`, exactly; None keeps the preset's.
+    The model is that of the run `parent`, or else the preset: with the vocabulary of the data, `vocab_size`, exactly;
+    None keeps the preset's.
     """
     defaults = DEFAULTS[device.type]
-    name = preset_name or defaults.preset
-    model = preset(name, **({} if vocab_size is None else {"vocab_size": vocab_size}))
+    if parent is None:
+        name, origin = preset_name or defaults.preset, {}
+        model = preset(name, **({} if vocab_size is None else {"vocab_size": vocab_size}))
+    else:
+        name, model, origin = _of_parent(parent)
     given = {key: value for key, value in options.items() if value is not None}
     tokens = given.pop("tokens", None)
     if tokens is not None:
@@ -87,12 +107,23 @@ def make_plan(
     automatic = given.get("batch_size") == AUTO
     if automatic:
         given["batch_size"] = 1
-    plan = Plan(name, model, TrainConfig(**(defaults.training | fitting | given)), dtype, data, defaults.eval_tokens)
+    usual = defaults.training | ({} if parent is None else FINE_TUNING)
+    training = TrainConfig(**(usual | fitting | given))
+    plan = Plan(name, model, training, dtype, data, defaults.eval_tokens, **origin)
     if automatic:
         plan = _with_largest_batch(plan, device.memory_bytes or math.inf, defaults.auto_tokens)
     if tokens is not None:
         plan = plan.with_training(max_steps=math.ceil(tokens / plan.training.tokens_per_step))
     return plan
+
+
+def _of_parent(run_dir: Path) -> tuple[str, Config, dict[str, Any]]:
+    """What a run that begins with the weights of another one has of it: name, model, and the Plan's fields on that."""
+    values = read_config(run_dir)
+    with config_of(run_dir):
+        model = Config.from_dict(values["model"])
+    origin = {"parent": str(run_dir.resolve()), "imported": values.get("imported")}
+    return values.get("preset", run_dir.resolve().name), model, origin
 
 
 def _with_largest_batch(plan: Plan, memory: float, max_tokens: int) -> Plan:
@@ -133,13 +164,13 @@ def _kept(model: Config, size: int) -> int:
 
 def describe(plan: Plan) -> str:
     """Parameters, memory and tokens per step, a line each."""
-    training = plan.training
+    training, begun = plan.training, "" if plan.parent is None else f" with the weights of {plan.parent}"
     batches = f"{training.accumulation} {'batch' if training.accumulation == 1 else 'batches'}"
     shape = f"{training.batch_size} sequences x {batches} x {training.context} tokens"
     budget = "" if training.budget_seconds is None else f", at most {training.budget_seconds / 60:g} min"
     return "\n".join(
         (
-            f"model: {plan.preset}, {plan.model.n_params:,} parameters, vocabulary {plan.model.vocab_size:,}",
+            f"model: {plan.preset}{begun}, {plan.model.n_params:,} parameters, vocabulary {plan.model.vocab_size:,}",
             f"memory: about {memory_bytes(plan) / 2**30:.2f} GiB to train in {plan.dtype}",
             f"step: {training.tokens_per_step:,} tokens ({shape})",
             f"run: {training.max_steps:,} steps{budget}",

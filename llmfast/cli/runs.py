@@ -10,7 +10,7 @@ import torch
 
 from ..errors import CheckpointError, InputError
 from ..models import GPT, Config
-from ..tokenizers import PretrainedTokenizer, Tokenizer
+from ..tokenizers import AnyTokenizer, PretrainedTokenizer, load_saved
 from ..weights import Checkpoint, latest
 
 try:
@@ -103,16 +103,18 @@ def load_weights(run_dir: Path, dtype: torch.dtype, on_skip: Any) -> GPT:
     return model
 
 
-def is_imported(run_dir: Path) -> bool:
-    """Whether the run's model came from another library."""
-    return "imported" in read_config(run_dir)
+def is_only_imported(run_dir: Path) -> bool:
+    """Whether the run's model came from another library and was not trained here."""
+    values = read_config(run_dir)
+    return "imported" in values and "training" not in values
 
 
-def load_model(
-    run_dir: Path, device: torch.device, dtype: torch.dtype, on_skip: Any
-) -> tuple[GPT, Tokenizer | PretrainedTokenizer]:
+def load_tokenizer(run_dir: Path) -> AnyTokenizer:
+    """A run's tokenizer: that of another library's model if this is one, fine-tuned here or not."""
+    return PretrainedTokenizer.load(run_dir) if "imported" in read_config(run_dir) else load_saved(run_dir)
+
+
+def load_model(run_dir: Path, device: torch.device, dtype: torch.dtype, on_skip: Any) -> tuple[GPT, AnyTokenizer]:
     """The best model of a run, in eval mode on `device`, and its tokenizer."""
     model = load_weights(run_dir, dtype, on_skip)
-    imported = is_imported(run_dir)
-    tokenizer = PretrainedTokenizer.load(run_dir) if imported else Tokenizer.load(run_dir / "tokenizer.json")
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval(), load_tokenizer(run_dir)

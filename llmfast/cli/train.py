@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 from rich.console import Console
@@ -31,13 +32,27 @@ from ..training.metrics import read_metrics
 from ..training.plots import draw_loss
 from ..training.progress import Progress
 from ..training.trackers import TensorBoard, Tracker
+from ..weights.pretrained import copy_companions
 from .backends import explain_ops
-from .corpus import is_data_folder, open_data, read_ladder, validation_text
-from .defaults import DEFAULTS
+from .corpus import check_tokenizer, is_data_folder, open_data, read_ladder, validation_text
+from .defaults import DEFAULTS, FINE_TUNING
 from .generate import stream
 from .memory import explaining_memory
 from .plan import AUTO, DTYPES, Plan, describe, expected_time, make_plan
-from .runs import CHECKPOINTS, CONFIG, LOCK, METRICS, RUNS, load_model, locked, read_config, run_folder
+from .runs import (
+    CHECKPOINTS,
+    CONFIG,
+    LOCK,
+    METRICS,
+    RUNS,
+    is_only_imported,
+    load_model,
+    load_tokenizer,
+    load_weights,
+    locked,
+    read_config,
+    run_folder,
+)
 
 MEMORY_REMEDY = (
     "give a smaller --batch-size and a larger --accumulation to make up for it, or --activation-checkpointing"
@@ -50,6 +65,9 @@ def train(
         str, typer.Option(help="A prepared data folder, stdlib, a text file, a .jsonl or a folder.")
     ] = STDLIB,
     preset: Annotated[str | None, typer.Option(help="The model; by default one that suits the device.")] = None,
+    parent: Annotated[
+        str | None, typer.Option("--from", help="Fine-tune: begin with this run's best weights and its tokenizer.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The run folder; runs/<date-time>-<preset> by default.")] = None,
     resume: Annotated[str | None, typer.Option(help="Continue this run; auto is the newest under runs/.")] = None,
     steps: Annotated[int | None, typer.Option(help="Updates of the weights.")] = None,
@@ -58,7 +76,10 @@ def train(
     batch_size: Annotated[str | None, typer.Option(help="Sequences at once; auto is as many as fit.")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
     accumulation: Annotated[int | None, typer.Option(help="Batches a step.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="The highest learning rate.")] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help=f"The highest learning rate; by default {FINE_TUNING['learning_rate']:g} with --from."),
+    ] = None,
     optim: Annotated[str | None, typer.Option(help="adamw, or muon for the matrices of the blocks.")] = None,
     spike_threshold: Annotated[
         float | None, typer.Option(help="Leave out updates this many deviations above recent gradient norms.")
@@ -79,6 +100,8 @@ def train(
 ) -> None:
     """Train a model; with no arguments, the main job on Python's own source."""
     where = hardware.device(device)
+    if preset is not None and parent is not None:
+        raise InputError(f"--preset {preset} and --from {parent} say two different models; give one of them")
     if tokens is not None and steps is not None:
         raise InputError(f"--tokens {tokens} and --steps {steps} say the same in two ways; give one of them")
     options = {
@@ -99,11 +122,18 @@ def train(
     }
     with ops.use_backend(backend or ops.current_backend(), strict=strict):
         if resume is not None:
-            fixed = options | {"preset": preset, "out": out, "dtype": dtype, "data": None if data == STDLIB else data}
+            fixed = options | {"preset": preset, "from": parent, "out": out, "dtype": dtype}
+            fixed |= {"data": None if data == STDLIB else data}
             _resume(resume, fixed, where, tensorboard, dry_run)
             return
         dtype = dtype or str(hardware.compute_dtype(where)).removeprefix("torch.")
-        planned = partial(make_plan, hardware.describe(where), preset, dtype, **options)
+        parent_dir = None if parent is None else run_folder(parent)
+        planned = partial(make_plan, hardware.describe(where), preset, dtype, parent=parent_dir, **options)
+        if parent_dir is None:
+            vocabulary = _vocab_size(preset, where)
+        else:
+            vocabulary = load_tokenizer(parent_dir)
+            check_tokenizer(data, vocabulary, parent_dir)
         if dry_run:
             _print_cost(planned(data, Manifest.load(Path(data)).vocab_size if is_data_folder(data) else None), where)
             return
@@ -111,9 +141,10 @@ def train(
         folder = out or RUNS / f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
         _check_new(folder)
         trackers, console = _trackers(folder, tensorboard), Console()
-        dataset = open_data(data, _vocab_size(preset, where), console)
+        dataset = open_data(data, vocabulary, console)
         plan = planned(str(dataset.folder.resolve()), dataset.manifest.vocab_size)
         dataset.batch("train", 0, 1, plan.training.context, 0)  # refuses a text shorter than a context
+        _check_ids(dataset, plan)
         with _new_run(folder, plan):
             _run(plan, dataset, folder, where, console, trackers, halve=batch_size == AUTO)
 
@@ -142,6 +173,8 @@ def _resume(name: str, fixed: dict[str, Any], where: torch.device, tensorboard: 
     if given:
         raise InputError(f"--resume continues a run as it was configured; leave out: {', '.join(given)}")
     run_dir = run_folder(None if name == "auto" else name)
+    if is_only_imported(run_dir):
+        raise InputError(f"{run_dir}: was imported, not trained; train it with: llmfast train --from {run_dir}")
     plan = Plan.from_dict(read_config(run_dir), run_dir)
     if dry_run:
         _print_cost(plan, where)
@@ -149,6 +182,16 @@ def _resume(name: str, fixed: dict[str, Any], where: torch.device, tensorboard: 
     trackers, data = _trackers(run_dir, tensorboard), Dataset.open(plan.data)
     with locked(run_dir):
         _run(plan, data, run_dir, where, Console(), trackers, resume=True)
+
+
+def _check_ids(data: Dataset, plan: Plan) -> None:
+    """InputError if the text has tokens that the model does not know: some tokenizers have more than their model."""
+    if data.manifest.vocab_size <= plan.model.vocab_size:
+        return
+    largest = max(int(data.tokens(split).max()) for split in data.manifest.splits)
+    if largest >= plan.model.vocab_size:
+        remedy = "leave out the text that holds it, or import a model with all tokens"
+        raise InputError(f"{data.folder}: holds token {largest}, the model knows {plan.model.vocab_size}; {remedy}")
 
 
 def _check_new(folder: Path) -> None:
@@ -165,7 +208,10 @@ def _new_run(folder: Path, plan: Plan) -> Iterator[None]:
     with locked(folder):
         _check_new(folder)
         try:
-            Dataset.open(plan.data, verify=False).tokenizer.save(folder / "tokenizer.json")
+            if plan.parent is None:
+                Dataset.open(plan.data, verify=False).tokenizer.save(folder)
+            else:
+                copy_companions(Path(plan.parent), folder)
             _write_json(folder / CONFIG, plan.to_dict())
             yield
         except BaseException:
@@ -246,17 +292,22 @@ def _train(
     trackers: Sequence[Tracker],
     resume: bool,
 ) -> Result:
-    """The loop, over a new model."""
-    training = plan.training
+    """The loop, over a new model or the parent's."""
+    training, dtype = plan.training, DTYPES[plan.dtype]
     torch.manual_seed(training.seed)
-    model = GPT(plan.model, DTYPES[plan.dtype]).to(device)
+    if plan.parent is None or resume:  # a checkpoint takes the place of the parent's weights
+        model = GPT(plan.model, dtype)
+    else:
+        model = load_weights(Path(plan.parent), dtype, _printing(console))
+    model = model.to(device)
+    text = validation_text(data, plan.eval_tokens)
     peak = hardware.describe(device).peak_flops if plan.dtype == "bfloat16" else None
     with Progress(console, training.max_steps, plan.model.flops_per_token(training.context), peak) as report:
         return run_loop(
             model,
             training,
             lambda i: torch.from_numpy(data.batch("train", i, training.batch_size, training.context, training.seed)),
-            evaluate=lambda m: _evaluate(m, data, plan, plan.eval_tokens, training.context),
+            evaluate=lambda m: _evaluate(m, plan, text, training.context),
             run_dir=run_dir,
             resume=resume,
             report=report,
@@ -275,13 +326,10 @@ def _finish(
     result: Result,
 ) -> None:
     """Score the best weights on the whole validation text beside the baselines, and let them write."""
-
-    def warn(message: str) -> None:
-        console.print(message, highlight=False, markup=False, soft_wrap=True)
-
+    warn = _printing(console)
     model, tokenizer = load_model(run_dir, device, DTYPES[plan.dtype], warn)
     with console.status("scoring the validation text"):
-        bpb = _evaluate(model, data, plan, None, max(1, plan.training.context // 2))
+        bpb = _evaluate(model, plan, validation_text(data), max(1, plan.training.context // 2))
     if not math.isfinite(bpb):
         remedy = "lower the learning rate or check the data"
         raise LLMFastError(f"{run_dir}: the model's bits per byte are not finite; {remedy}")
@@ -299,10 +347,14 @@ def _finish(
     stream(model, tokenizer, tokenizer.decode(data.tokens("val")[:SAMPLE_PROMPT_TOKENS]), max_tokens=100)
 
 
-def _evaluate(model: GPT, data: Dataset, plan: Plan, n_tokens: int | None, stride: int) -> float:
-    """Bits per byte of the first `n_tokens` of the validation text, of all of it if None."""
-    tokens, n_bytes = validation_text(data, n_tokens)
-    return bits_per_byte(model, tokens, n_bytes, plan.training.context, stride, 2 * plan.training.batch_size)
+def _evaluate(model: GPT, plan: Plan, text: tuple[np.ndarray, int], stride: int) -> float:
+    """Bits per byte of `text`, as `validation_text` gives it."""
+    return bits_per_byte(model, *text, plan.training.context, stride, 2 * plan.training.batch_size)
+
+
+def _printing(console: Console) -> Callable[[str], None]:
+    """Prints a message as it is."""
+    return partial(console.print, highlight=False, markup=False, soft_wrap=True)
 
 
 def _ladder_table(rungs: list[Rung], model: str) -> Table:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..files import file_sha256
-from ..tokenizers import Tokenizer
+from ..tokenizers import AnyTokenizer, load_saved
 from .manifest import TOKENIZER_NAME, Manifest
 from .shards import open_shard
 
@@ -38,11 +38,11 @@ class Dataset:
         return Dataset.open, (self.folder.resolve(), False)
 
     @functools.cached_property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> AnyTokenizer:
         """The tokenizer that made the tokens."""
-        path = self.folder / TOKENIZER_NAME
-        tokenizer = Tokenizer.load(path)
+        tokenizer = load_saved(self.folder)
         if tokenizer.fingerprint != self.manifest.tokenizer_fingerprint:
+            path = self.folder / TOKENIZER_NAME
             raise InputError(f"{path}: not the tokenizer that made these tokens; run prepare again")
         return tokenizer
 
@@ -56,10 +56,15 @@ class Dataset:
         self._check_split(split)
         return self.manifest.splits[split].n_bytes
 
-    def text(self, split: str) -> bytes:
-        """The exact text of `split`, its documents one after the other; `n_bytes(split)` long."""
-        tokens = self.tokens(split)
-        return self.tokenizer.decode_bytes(tokens[tokens != self.tokenizer.eot_id])
+    def text(self, split: str, n_tokens: int | None = None) -> bytes:
+        """The exact text of the first `n_tokens` of `split`, its documents one after the other; of all of them, None,
+        it is `n_bytes(split)` long."""
+        tokens, tokenizer = self.tokens(split)[:n_tokens], self.tokenizer
+        ends = np.flatnonzero(tokens == tokenizer.eot_id)
+        documents = zip(
+            (0, *(ends + 1)), (*ends, len(tokens)), strict=True
+        )  # one by one: some decode by what is before
+        return b"".join(tokenizer.decode_bytes(tokens[a + len(tokenizer.start_ids) : b]) for a, b in documents)
 
     def batch(self, split: str, step: int, batch_size: int, context: int, seed: int) -> np.ndarray:
         """Batch number `step`, int64 of shape (batch_size, context + 1): inputs are [:, :-1] and targets [:, 1:].

@@ -21,9 +21,9 @@ class Split:
     documents: dict[str, str]
     """Document name -> sha256 of its text, in the order of the tokens."""
     n_bytes: int
-    """UTF-8 bytes of the text, the denominator of bits per byte."""
+    """UTF-8 bytes of the text, as the tokens give it back: the denominator of bits per byte."""
     n_tokens: int
-    """Tokens, with one end-of-text after each document."""
+    """Tokens, with the tokenizer's start before and one end-of-text after each document."""
     shards: dict[str, str]
     """Shard file name -> sha256 of the file, in order."""
 

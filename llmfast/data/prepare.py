@@ -1,7 +1,9 @@
 """From a text source to a data folder: split, tokenizer, token shards and manifest."""
 
 import hashlib
+import os
 import re
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,15 +11,17 @@ import numpy as np
 
 from ..errors import InputError
 from ..files import file_sha256, staged_folder
-from ..tokenizers import Tokenizer
-from .manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, Split
+from ..tokenizers import AnyTokenizer, PretrainedTokenizer, Tokenizer
+from ..tokenizers.pretrained import SAVED
+from .manifest import MANIFEST_NAME, Manifest, Split
 from .shards import token_dtype, write_shard
 from .sources import Document, read_source
 
 Progress = Callable[[str, float], None]
 
 _DOCUMENTS_PER_BATCH = 64
-_OWN_FILES = re.compile(rf"{re.escape(MANIFEST_NAME)}|{re.escape(TOKENIZER_NAME)}|(train|val)-\d+-of-\d+\.bin")
+_NAMES = (MANIFEST_NAME, *SAVED)
+_OWN_FILES = re.compile(rf"{'|'.join(map(re.escape, _NAMES))}|(train|val)-\d+-of-\d+\.bin")
 
 
 def prepare(
@@ -25,19 +29,21 @@ def prepare(
     out: str | Path,
     *,
     vocab_size: int = 8192,
-    tokenizer: str | Path | None = None,
+    tokenizer: str | Path | AnyTokenizer | None = None,
     val_fraction: float = 0.05,
     shard_tokens: int = 2**26,
     on_progress: Progress | None = None,
 ) -> Manifest:
     """Writes the data folder `out` from `source` (see `read_source`) and returns its manifest.
 
-    A tokenizer of at most `vocab_size` tokens is trained on the training split, unless `tokenizer` names one to load;
-    each document is followed by one end-of-text token. About `val_fraction` of the bytes become the validation split:
-    see `split_documents`. `on_progress` hears (stage, fraction) for the stages "read", "tokenizer", "train", "val".
+    A tokenizer of at most `vocab_size` tokens is trained on the training split, unless `tokenizer` is one or names one
+    to load; each document is followed by one end-of-text token. About `val_fraction` of the bytes become the validation
+    split: see `split_documents`. `on_progress` hears (stage, fraction) for the stages "read", "tokenizer", "train",
+    "val".
 
     The folder appears whole or not at all. An older data folder at `out` is replaced; any other non-empty folder is
-    refused with InputError, like text too short to split and a tokenizer that does not reproduce the text exactly.
+    refused with InputError, like text too short to split and a tokenizer that does not reproduce the text exactly, but
+    for what tokenizers of models usually do to it.
     """
     out = Path(out)
     if not 0 < val_fraction < 0.5:
@@ -57,11 +63,11 @@ def prepare(
     if tokenizer is None:
         used = Tokenizer.train((document.text for document in parts["train"]), vocab_size)
     else:
-        used = Tokenizer.load(tokenizer)
+        used = Tokenizer.load(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
     progress("tokenizer", 1.0)
 
     with staged_folder(out) as folder:
-        used.save(folder / TOKENIZER_NAME)
+        used.save(folder)
         manifest = Manifest(
             source=source,
             python_version=corpus.python_version,
@@ -159,10 +165,10 @@ def _check_replaceable(out: Path) -> None:
 
 
 def _write_split(
-    folder: Path, name: str, documents: list[Document], tokenizer: Tokenizer, shard_tokens: int, progress: Progress
+    folder: Path, name: str, documents: list[Document], tokenizer: AnyTokenizer, shard_tokens: int, progress: Progress
 ) -> Split:
     progress(name, 0.0)
-    tokens = _encode(documents, tokenizer, lambda fraction: progress(name, fraction))
+    tokens, n_bytes = _encode(documents, tokenizer, lambda fraction: progress(name, fraction))
     starts = range(0, len(tokens), shard_tokens)
     shards: dict[str, str] = {}
     for index, start in enumerate(starts):
@@ -171,22 +177,50 @@ def _write_split(
         shards[path.name] = file_sha256(path)
     return Split(
         documents={document.name: document.sha256 for document in documents},
-        n_bytes=sum(len(document.text.encode()) for document in documents),
+        n_bytes=n_bytes,
         n_tokens=len(tokens),
         shards=shards,
     )
 
 
-def _encode(documents: list[Document], tokenizer: Tokenizer, on_fraction: Callable[[float], None]) -> np.ndarray:
-    """Ids of the documents, each followed by end-of-text."""
+def _encode(
+    documents: list[Document], tokenizer: AnyTokenizer, on_fraction: Callable[[float], None]
+) -> tuple[np.ndarray, int]:
+    """Ids of the documents, each between the tokenizer's start and end-of-text, and how many bytes of text they are."""
     pieces: list[np.ndarray] = []
+    n_bytes = 0
     for start in range(0, len(documents), _DOCUMENTS_PER_BATCH):
         batch = documents[start : start + _DOCUMENTS_PER_BATCH]
         all_ids = tokenizer.encode_batch([document.text for document in batch])
         for document, ids in zip(batch, all_ids, strict=True):
-            # A tokenizer that normalises text would make bits per byte count bytes it never has to predict.
-            if tokenizer.decode_bytes(ids) != document.text.encode():
-                raise InputError(f"{document.name}: the tokenizer does not reproduce its bytes; use a lossless one")
-            pieces.append(np.array([*ids, tokenizer.eot_id], dtype=token_dtype(tokenizer.vocab_size)))
+            n_bytes += _check_reproduces(tokenizer, ids, document)
+            whole = [*tokenizer.start_ids, *ids, tokenizer.eot_id]
+            pieces.append(np.array(whole, dtype=token_dtype(tokenizer.vocab_size)))
         on_fraction((start + len(batch)) / len(documents))
-    return np.concatenate(pieces)
+    return np.concatenate(pieces), n_bytes
+
+
+def _check_reproduces(tokenizer: AnyTokenizer, ids: list[int], document: Document) -> int:
+    """How many bytes of text `ids` stand for; InputError where that is not the document's text.
+
+    A tokenizer that changes text would make bits per byte count bytes it never has to predict. A model that came
+    with its own has no other, so that may do what is usual (`_model_reads`): the bytes of what it makes of text count.
+    """
+    reproduced = tokenizer.decode_bytes(ids)
+    if tokenizer.eot_id in ids:
+        raise InputError(f"{document.name}: the tokenizer finds an end of text in it; remove its name from the text")
+    found, given = reproduced.decode(errors="replace"), document.text
+    if isinstance(tokenizer, PretrainedTokenizer) and found != given:
+        found, given = _model_reads(found), _model_reads(given)
+    if found != given:
+        at = len(os.path.commonprefix((found, given)))
+        what = f"it makes {found[at : at + 10]!a} of {given[at : at + 10]!a}"
+        remedy = "use a lossless one or change the text"
+        raise InputError(f"{document.name}: the tokenizer does not reproduce its bytes, {what}; {remedy}")
+    return len(reproduced)
+
+
+def _model_reads(text: str) -> str:
+    """`text` without what the usual tokenizers of models do not tell apart: Qwen's normalise Unicode, and those made
+    with SentencePiece write a space as U+2581 and may swallow one that begins a text."""
+    return unicodedata.normalize("NFC", text).replace("\u2581", " ").lstrip(" ")

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers as hf
@@ -27,7 +28,9 @@ LARGEST_VOCAB = 2**24  # far beyond any in use; the trainer sets memory aside fo
 
 
 class Tokenizer:
-    """A byte-level BPE vocabulary; build one with `train` or `load`."""
+    """A byte-level BPE vocabulary; build one with `train` or `load`. `start_ids` begin a document, `eot_id` ends it."""
+
+    start_ids: tuple[int, ...] = ()
 
     def __init__(self, backend: hf.Tokenizer) -> None:
         """Wraps `backend`; raises InputError unless it is byte-level, complete and knows `<|endoftext|>`."""
@@ -100,8 +103,7 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 (hex) of the tokenizer as JSON with sorted keys: equal for tokenizers that behave alike."""
-        canonical = json.dumps(json.loads(self._backend.to_str()), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return fingerprint_of(json.loads(self._backend.to_str()))
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -174,6 +176,12 @@ class StreamDecoder:
     def finish(self) -> str:
         """U+FFFD if the stream stopped in the middle of a character, else nothing."""
         return self._utf8.decode(b"", final=True)
+
+
+def fingerprint_of(values: Any) -> str:
+    """sha256 (hex) of `values` as JSON with sorted keys."""
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _find_files(folder: Path) -> list[Path]:

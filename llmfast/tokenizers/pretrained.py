@@ -1,11 +1,13 @@
 """The tokenizer of a model in Hugging Face's format: any kind that `tokenizers` reads, and its chat template.
 
 How a prompt begins and where an answer ends is the model's business: tokenizer.json says what goes before a text,
-generation_config.json which tokens end one, and the chat template how a conversation is written.
+generation_config.json which tokens end one, and the chat template how a conversation is written. Documents to train on
+begin as prompts do, and end in eos_token.
 """
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,17 @@ import tokenizers as hf
 from tokenizers.decoders import DecodeStream
 
 from ..errors import InputError
+from ..files import write_atomic
+from .bpe import END_OF_TEXT, Tokenizer, fingerprint_of
 from .chat import Message, render
 
+SAVED = TOKENIZER, CONFIG, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 class PretrainedTokenizer:
-    """Built by `load`. `stop_ids` end an answer; `template` is None where the model has none."""
+    """Built by `load`. `stop_ids` end an answer; `template` is None where the model has none. `start_ids` begin a
+    document: what tokenizer.json puts before a text, less what would also end one."""
 
     def __init__(
         self, backend: hf.Tokenizer, special: dict[str, str], stop_ids: frozenset[int], template: str | None
@@ -29,6 +35,7 @@ class PretrainedTokenizer:
         backend.no_padding()
         self._backend, self._special = backend, special
         self.stop_ids, self.template = stop_ids, template
+        self.start_ids = tuple(i for i in backend.encode("").ids if i not in stop_ids)
         self._bos_id = backend.token_to_id(special["bos_token"]) if "bos_token" in special else None
 
     @classmethod
@@ -36,25 +43,47 @@ class PretrainedTokenizer:
         """Reads tokenizer.json and, where they are, tokenizer_config.json, special_tokens_map.json,
         generation_config.json and the chat template. Raises InputError naming the file."""
         folder = Path(folder)
-        path = folder / "tokenizer.json"
+        path = folder / TOKENIZER
         if not path.is_file():
             raise InputError(f"{folder}: has no tokenizer.json; load the model in transformers and save_pretrained it")
         try:
             backend = hf.Tokenizer.from_file(str(path))
         except Exception as error:  # the Rust library raises bare Exception
             raise InputError(f"{path}: not a readable tokenizer ({' '.join(str(error).split())})") from None
-        config, names = _read(folder / "tokenizer_config.json"), _read(folder / "special_tokens_map.json")
+        config, names = _read(folder / CONFIG), _read(folder / "special_tokens_map.json")
         special = {name: text for name in SPECIAL if (text := _text(config.get(name) or names.get(name)))}
-        ends = _read(folder / "generation_config.json").get("eos_token_id")
+        ends = _read(folder / GENERATION).get("eos_token_id")
         stop_ids = {i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int)}
-        if "eos_token" in special and (end := backend.token_to_id(special["eos_token"])) is not None:
+        if (end := _end_id(backend, special)) is not None:
             stop_ids.add(end)
         return cls(backend, special, frozenset(stop_ids), _template(folder, config))
 
-    @property
+    def save(self, folder: Path) -> None:
+        """Writes into `folder` the files SAVED, which `load` makes the same tokenizer of."""
+        config = self._special | ({} if self.template is None else {"chat_template": self.template})
+        ends = {"eos_token_id": sorted(self.stop_ids)}
+        write_atomic(folder / TOKENIZER, self._backend.to_str().encode())
+        write_atomic(folder / CONFIG, json.dumps(config, indent=1).encode())
+        write_atomic(folder / GENERATION, json.dumps(ends, indent=1).encode())
+
+    @cached_property
     def vocab_size(self) -> int:
-        """Number of ids, special tokens included."""
-        return self._backend.get_vocab_size()
+        """One more than the largest id, special tokens included."""
+        return max(self._backend.get_vocab().values()) + 1
+
+    @cached_property
+    def eot_id(self) -> int:
+        """What ends a document: eos_token, else `<|endoftext|>`, else one of `stop_ids`; InputError without any."""
+        end = _end_id(self._backend, self._special)
+        if end is None and not self.stop_ids:
+            raise InputError("the tokenizer has nothing to end a text; give its eos_token in tokenizer_config.json")
+        return min(self.stop_ids) if end is None else end
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of all that decides the ids of a document: equal for tokenizers that make the same of it."""
+        ends = {"start_ids": self.start_ids, "eot_id": self.eot_id}
+        return fingerprint_of(ends | {"tokenizer": json.loads(self._backend.to_str())})
 
     def prompt_ids(self, text: str) -> list[int]:
         """Ids of a text to continue, behind what the tokenizer puts before one; names of special tokens in it become
@@ -83,6 +112,23 @@ class PretrainedTokenizer:
         """Ids of `text` with nothing added."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of every text with nothing added, computed on all cores. Names of special tokens are spelled out as
+        ordinary text, so untrusted text cannot end a document."""
+        return [encoding.ids for encoding in self._text_backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        """UTF-8 of the text that `encode_batch` made `ids` of, as far as the tokenizer keeps it: some normalise
+        Unicode. A character that is cut off at the end becomes U+FFFD."""
+        return self._backend.decode(np.asarray(ids, dtype=np.int64).tolist(), skip_special_tokens=False).encode()
+
+    @cached_property
+    def _text_backend(self) -> hf.Tokenizer:
+        # A second backend, because flipping the flag on the first would not be safe between threads.
+        backend = hf.Tokenizer.from_str(self._backend.to_str())
+        backend.encode_special_tokens = True
+        return backend
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of `ids` without special tokens."""
         return self._backend.decode(np.asarray(ids, dtype=np.int64).tolist(), skip_special_tokens=True)
@@ -102,6 +148,20 @@ class PretrainedStreamDecoder:
 
     def finish(self) -> str:
         return ""
+
+
+AnyTokenizer = Tokenizer | PretrainedTokenizer
+
+
+def load_saved(folder: Path) -> AnyTokenizer:
+    """The tokenizer whose `save` wrote into `folder`. Raises InputError naming the file."""
+    kept = (folder / CONFIG).is_file()  # which our own ones do not need
+    return PretrainedTokenizer.load(folder) if kept else Tokenizer.load(folder / TOKENIZER)
+
+
+def _end_id(backend: hf.Tokenizer, special: dict[str, str]) -> int | None:
+    """Of eos_token, or where none is named, of the token that has this name in most vocabularies without files."""
+    return backend.token_to_id(special.get("eos_token", END_OF_TEXT))
 
 
 def _read(path: Path) -> dict[str, Any]:
