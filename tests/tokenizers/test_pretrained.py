@@ -8,7 +8,7 @@ import pytest
 import tokenizers as hf
 
 from llmfast.errors import InputError
-from llmfast.tokenizers import PretrainedTokenizer
+from llmfast.tokenizers import PretrainedTokenizer, load_saved
 
 SPECIAL = ["<s>", "</s>", "<|start|>", "<|end|>"]
 # As Llama 3's and Qwen's are written: what a conversation begins with, a system message of its own, trimmed contents,
@@ -162,3 +162,37 @@ def test_text_as_it_comes(tmp_path: Path, kind: str) -> None:
     decoder = ours.stream_decoder()
     pieces = [decoder.push(token) for token in [*ours.prompt_ids(text), 3]] + [decoder.finish()]
     assert "".join(pieces) == text and not any("�" in piece for piece in pieces)
+
+
+def test_fingerprints_and_files(tmp_path: Path) -> None:
+    """Equal for what makes the same documents, and through `save`; another for each of what decides one."""
+
+    def load(name: str, **kwargs: Any) -> PretrainedTokenizer:
+        (tmp_path / name).mkdir()
+        return PretrainedTokenizer.load(folder_of(tmp_path / name, **kwargs))
+
+    first, again = load("first", chat_template=TEMPLATE), load("again")
+    others = [load("a", adds_bos=False), load("b", kind="metaspace"), load("c", eos_token="<|end|>")]
+    assert first.fingerprint == again.fingerprint
+    assert len({tokenizer.fingerprint for tokenizer in (first, *others)}) == 4
+    (tmp_path / "saved").mkdir()
+    first.save(tmp_path / "saved")
+    saved = load_saved(tmp_path / "saved")
+    assert isinstance(saved, PretrainedTokenizer) and saved.fingerprint == first.fingerprint
+    assert saved.chat_ids(TALK) == first.chat_ids(TALK) and saved.stop_ids == {1, 3}
+
+
+def test_what_ends_a_document(tmp_path: Path) -> None:
+    """eos_token, which ends answers, too; without one, the token named so elsewhere; else one that ends answers."""
+    ours = PretrainedTokenizer.load(folder_of(tmp_path, eos_token="<|start|>"))
+    assert ours.eot_id == 2 and ours.stop_ids == {1, 2, 3} and ours.start_ids == (0,)
+    assert PretrainedTokenizer.load(folder_of(tmp_path, eos_token=None)).eot_id == 1
+    assert PretrainedTokenizer.load(folder_of(tmp_path, bos_token=None, eos_token="<s>")).start_ids == ()
+    made = backend("bytes", True)
+    made.add_special_tokens(["<|endoftext|>"])
+    folder_of(tmp_path, eos_token=None)
+    made.save(str(tmp_path / "tokenizer.json"))
+    end = made.token_to_id("<|endoftext|>")
+    ours = PretrainedTokenizer.load(tmp_path)
+    assert ours.eot_id == end and ours.stop_ids == {1, 3, end}
+    assert end in ours.encode("<|endoftext|>") and end not in ours.encode_batch(["<|endoftext|>"])[0]
