@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..data import Manifest, prepare
-from .runs import CONFIG, load_tokenizer
+from .runs import CHECKPOINTS, load_tokenizer
 
 
 def data(
@@ -22,7 +22,7 @@ def data(
 ) -> None:
     """Prepare a text for training: tokenizer, token shards and manifest."""
     console = Console()
-    used = load_tokenizer(tokenizer) if tokenizer and (tokenizer / CONFIG).is_file() else tokenizer
+    used = load_tokenizer(tokenizer) if tokenizer and (tokenizer / CHECKPOINTS).is_dir() else tokenizer
     with console.status("") as status:
         manifest = prepare(
             source,

@@ -49,7 +49,10 @@ def read_config(run_dir: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise TypeError("not a JSON object")
-        return values
+    if "model_type" in values:
+        remedy = f"make a run of it with: llmfast import {run_dir} runs/NAME"
+        raise InputError(f"{run_dir}: is a model in Hugging Face's format; {remedy}")
+    return values
 
 
 @contextmanager

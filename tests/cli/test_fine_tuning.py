@@ -204,7 +204,7 @@ def test_a_folder_prepared_with_the_runs_tokenizer(imported: Path, text: Path, t
     assert load_model(tmp_path / "new", CPU, torch.float32, print)[1].stop_ids == {1}
 
 
-def test_refusals(imported: Path, data: Path, text: Path, tmp_path: Path, cli: Cli) -> None:
+def test_refusals(foreign: Path, imported: Path, data: Path, text: Path, tmp_path: Path, cli: Cli) -> None:
     """One line each; nothing is left behind and nothing is lost."""
     before, files = hashes(imported), sorted(tmp_path.iterdir())
     start = ("train", "--from", imported, "--out", tmp_path / "run", "--device", "cpu")
@@ -215,6 +215,7 @@ def test_refusals(imported: Path, data: Path, text: Path, tmp_path: Path, cli: C
     refused(cli(*start, "--data", data, "--dry-run"), *both)
     refused(cli(*start, "--data", text, "--context", 65), "context is 65; it must be at most 64, the model's")
     refused(cli("train", "--from", tmp_path / "none", "--data", text), f"{tmp_path / 'none'}: is not a run")
+    refused(cli("train", "--from", foreign, "--data", text), f"make a run of it with: llmfast import {foreign}")
     refused(cli("train", "--from", "", "--data", text), "the run is an empty string")
     refused(cli("train", "--from", imported, "--data", text, "--out", imported), "is not empty; give another --out")
     refused(cli("train", "--resume", imported, "--from", imported), "leave out: from")
