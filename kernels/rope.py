@@ -18,23 +18,25 @@ TILE = 1024  # pairs of a program of 4 warps
 
 @triton.jit
 def _rope_kernel(
-    X, Cos, Sin, Y, batch_stride, token_stride, head_stride, table_stride, n_rows, length, heads, half,
+    X, Cos, Sin, Y, batch_stride, token_stride, head_stride, table_batch_stride, table_stride,
+    n_rows, length, heads, half,
     BACK: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """X: (batch, length, heads, 2 half) with strides but the last; Cos, Sin: (length, half),
-    rows table_stride apart; Y: as X, contiguous.
+    """X: (batch, length, heads, 2 half) with strides but the last; Cos, Sin: (batch, length, half) with
+    strides but the last, table_batch_stride 0 where rows have the same positions; Y: as X, contiguous.
 
     ROWS heads of tokens a program, HALF >= half.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     token, head = row // heads, row % heads
-    position = token % length
-    x_row = X + (token // length) * batch_stride + position * token_stride + head * head_stride
+    batch, position = token // length, token % length
+    x_row = X + batch * batch_stride + position * token_stride + head * head_stride
+    angle = batch * table_batch_stride + position * table_stride
     y_row = Y + row * (2 * half)
     pair = tl.arange(0, HALF)[None, :]
     inside = (row < n_rows) & (pair < half)
-    cos = tl.load(Cos + position * table_stride + pair, mask=inside, other=0.0).to(tl.float32)
-    sin = tl.load(Sin + position * table_stride + pair, mask=inside, other=0.0).to(tl.float32)
+    cos = tl.load(Cos + angle + pair, mask=inside, other=0.0).to(tl.float32)
+    sin = tl.load(Sin + angle + pair, mask=inside, other=0.0).to(tl.float32)
     if BACK:
         sin = -sin
     if INTERLEAVED:  # whole vectors are read and written, and pairs parted in registers
@@ -67,15 +69,15 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool) 
     x = x if x.stride(3) == 1 else x.contiguous()
     batch, length, heads, head_dim = x.shape
     n_rows, (rows, kernel) = batch * length * heads, _variant(head_dim, interleaved, back)
-    if cos.stride() != sin.stride() or cos.stride(1) != 1:  # halves of wider tables are read where they are
+    if cos.stride() != sin.stride() or cos.stride(-1) != 1:  # halves of wider tables are read where they are
         cos, sin = cos.contiguous(), sin.contiguous()
-    strides = *x.stride()[:3], cos.stride(0)
+    strides = *x.stride()[:3], cos.stride(0) if cos.dim() == 3 else 0, cos.stride(-2)
     kernel.launch((cdiv(n_rows, rows),), x, cos, sin, y, *strides, n_rows, length, heads, head_dim // 2)
     return y
 
 
 def rope_fwd(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """x: (B, T, H, D), cos, sin: (T, D/2), of any strides -> as x, contiguous."""
+    """x: (B, T, H, D), cos, sin: (T, D/2) or (B, T, D/2), of any strides -> as x, contiguous."""
     return _rotate(x, cos, sin, interleaved, back=False)
 
 

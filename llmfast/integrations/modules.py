@@ -124,13 +124,12 @@ def _rotation(theirs: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tup
         alike = unsqueeze_dim == 1 and q.dtype is k.dtype is cos.dtype and cos.shape[0] in (1, q.shape[0])
         if not alike or not cos.shape[-1] == q.shape[-1] == k.shape[-1]:
             return theirs(q, k, cos, sin, unsqueeze_dim)
-        q, k = q.transpose(1, 2), k.transpose(1, 2)
-        by_row = cos.shape[0] > 1  # positions that differ by row: to ops.rope all rows are one, with a position a token
-        cos, sin = (table.flatten(0, 1)[:, : table.shape[-1] // 2] for table in (cos, sin))
-        rows = (x.flatten(0, 1)[None] if by_row else x for x in (q, k))
-        turned = (ops.rope(x, cos, sin) for x in rows)
-        q, k = (y.view(x.shape).transpose(1, 2) for y, x in zip(turned, (q, k), strict=True))
-        return q, k
+        if cos.shape[0] == 1:
+            cos, sin = cos[0], sin[0]
+        half = cos.shape[-1] // 2
+        cos, sin = cos.narrow(-1, 0, half), sin.narrow(-1, 0, half)
+        q, k = ops.rope(q.transpose(1, 2), cos, sin), ops.rope(k.transpose(1, 2), cos, sin)
+        return q.transpose(1, 2), k.transpose(1, 2)
 
     return apply_rotary_pos_emb
 

@@ -183,13 +183,20 @@ _APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
 def rope_fwd(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """x: (B, T, H, D) of any strides but the last; cos, sin: (T, D/2) -> as x, contiguous."""
-    return _rope(_adjacent(x), cos.float().contiguous(), sin.float().contiguous(), False)
+    """x: (B, T, H, D) of any strides but the last; cos, sin: (T, D/2) or (B, T, D/2) -> as x, contiguous."""
+    return _rotate(x, cos, sin, False)
 
 
 def rope_bwd(dy: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """-> dx, contiguous: a rotation back."""
-    return _rope(_adjacent(dy), cos.float().contiguous(), sin.float().contiguous(), True)
+    return _rotate(dy, cos, sin, True)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    shape = x.shape
+    if cos.dim() == 3:  # rows with positions of their own are one long row
+        x, cos, sin = x.flatten(0, 1)[None], cos.flatten(0, 1), sin.flatten(0, 1)
+    return _rope(_adjacent(x), cos.float().contiguous(), sin.float().contiguous(), back).view(shape)
 
 
 def rope_limits(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> str | None:

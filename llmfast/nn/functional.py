@@ -91,8 +91,11 @@ def _plan(
     queries, keys = query.shape[2], key.shape[2]
     if is_causal and queries < keys:
         key, value = key[:, :, :queries], value[:, :, :queries]
-    q, k, v = (t.transpose(1, 2) for t in autocast(query, key, value))
-    if queries == 1 and not (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))):
+    query, key, value = autocast(query, key, value)
+    if query.dtype != key.dtype or query.dtype != value.dtype or not query.is_floating_point():
+        return "the tensors are not of one floating dtype"
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if queries == 1 and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
         call = op, args = "decode_attention", arguments.decode_attention(q, k, v, scale=scale)
     else:
         call = op, args = "attention", arguments.attention(q, k, v, causal=is_causal, scale=scale)
@@ -126,17 +129,15 @@ def _why_not(
         return "attn_mask is given"
     if dropout_p > 0.0:
         return "dropout_p is not 0"
-    if any(t.is_nested or t.dim() != 4 for t in (query, key, value)):
+    if query.is_nested or key.is_nested or value.is_nested or not query.dim() == key.dim() == value.dim() == 4:
         return "a tensor is nested or has other than 4 dimensions"
-    if key.shape != value.shape or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+    q, k = query.shape, key.shape  # each look at it takes a while
+    if k != value.shape or q[0] != k[0] or q[3] != k[3]:
         return "key and value are not of one shape with query's batch and head_dim"
-    if 0 in query.shape or 0 in key.shape:
+    if 0 in q or 0 in k:
         return "a tensor is empty"
-    if query.shape[1] != key.shape[1] and not (enable_gqa and query.shape[1] % key.shape[1] == 0):
+    if q[1] != k[1] and not (enable_gqa and q[1] % k[1] == 0):
         return "the heads of key and value are not query's, nor shared with enable_gqa"
-    if is_causal and query.shape[2] > key.shape[2]:
+    if is_causal and q[2] > k[2]:
         return "is_causal aligns more queries than keys top left"
-    q, k, v = autocast(query, key, value)
-    if q.dtype != k.dtype or q.dtype != v.dtype or not q.is_floating_point():
-        return "the tensors are not of one floating dtype"
     return None

@@ -301,10 +301,14 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> t
         raise InputError(
             f"rope: x has shape {tuple(x.shape)}; it must be (batch, length, heads, head_dim), head_dim even"
         )
-    expected = (x.shape[1], x.shape[3] // 2)
+    batch, length, _, head_dim = x.shape
+    table, by_row = (length, head_dim // 2), (batch, length, head_dim // 2)
     for name, t in (("cos", cos), ("sin", sin)):
-        if t.shape != expected:
-            raise InputError(f"rope: {name} has shape {tuple(t.shape)}; with x {tuple(x.shape)} it must be {expected}")
+        if t.shape != (by_row if cos.dim() == 3 else table):
+            raise InputError(
+                f"rope: {name} has shape {tuple(t.shape)}; with x {tuple(x.shape)} cos and sin must be {table}, or"
+                f" {by_row} of positions by row"
+            )
     return x, cos, sin, bool(interleaved)
 
 

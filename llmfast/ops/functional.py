@@ -227,7 +227,8 @@ def activation_linear(
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, backend: str | None = None) -> Tensor:
     """Rotary position embedding of pairs (i, i + D/2), or (2i, 2i + 1) where interleaved.
 
-    x: (B, T, H, D) with D even; cos, sin: (T, D/2), which is where any scaling of positions belongs.
+    x: (B, T, H, D) with D even; cos, sin: (T, D/2), which is where any scaling of positions belongs, or (B, T, D/2)
+    where every row has positions of its own.
     """
     return run("rope", backend, arguments.rope(x, cos, sin, interleaved=interleaved))
 

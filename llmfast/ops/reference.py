@@ -199,11 +199,11 @@ def activation_linear(
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """Rotate each pair (x[i], x[i + D/2]), or (x[2i], x[2i + 1]) where interleaved, by its position's angle.
 
-    https://arxiv.org/abs/2104.09864. x: (B, T, H, D); cos, sin: (T, D/2).
+    https://arxiv.org/abs/2104.09864. x: (B, T, H, D); cos, sin: (T, D/2) or (B, T, D/2).
     """
     h = x.to(_accumulation_dtype(x))
     first, second = (h[..., 0::2], h[..., 1::2]) if interleaved else h.chunk(2, dim=-1)
-    c, s = (t.to(h.dtype)[:, None, :] for t in (cos, sin))  # (T, 1, D/2)
+    c, s = (t.to(h.dtype)[..., None, :] for t in (cos, sin))  # (T, 1, D/2) or (B, T, 1, D/2)
     turned = first * c - second * s, second * c + first * s
     return (torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)).to(x.dtype)
 

@@ -169,7 +169,12 @@ TEST_CASES: dict[str, list[Case]] = {
         ActivationLinearCase(33, 70, 16, activation="silu", gated=False),
         ActivationLinearCase(0, 16, 8, bias=True),
     ],
-    "rope": [RopeCase(*shape, interleaved) for shape in _ROPE_SHAPES for interleaved in (False, True)],
+    "rope": [
+        RopeCase(*shape, interleaved, by_row)
+        for shape in _ROPE_SHAPES
+        for interleaved in (False, True)
+        for by_row in (False, True)
+    ],
     "linear_cross_entropy": [
         LinearCrossEntropyCase(1, 1, 1),
         LinearCrossEntropyCase(70, 16, 33, bias=True),

@@ -86,6 +86,7 @@ ORDINARY: list[Case] = [
     CrossEntropyCase(37, 300, 0.1, 0.01, "none", 30),
     RopeCase(2, 9, 3, 64),
     RopeCase(2, 9, 3, 64, interleaved=True),
+    RopeCase(2, 9, 3, 64, by_row=True),
     EmbeddingCase(90, 37, 300),
     LinearCase(37, 300, 400),
     ActivationLinearCase(37, 300, 40, bias=True),

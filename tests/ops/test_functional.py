@@ -118,6 +118,8 @@ WRONG: list[tuple[Callable[[], object], str, str]] = [
     (lambda: ops.rope(t(1, 2, 1, 3), t(2, 1), t(2, 1)), "rope: x ", "head_dim even"),
     (lambda: ops.rope(t(1, 2, 1, 4), t(2, 4), t(2, 2)), "rope: cos ", "(2, 2)"),
     (lambda: ops.rope(t(1, 2, 1, 4), t(2, 2), t(3, 2)), "rope: sin ", "(2, 2)"),
+    (lambda: ops.rope(t(3, 2, 1, 4), t(1, 2, 2), t(1, 2, 2)), "rope: cos ", "(3, 2, 2)"),
+    (lambda: ops.rope(t(3, 2, 1, 4), t(3, 2, 2), t(2, 2)), "rope: sin ", "(3, 2, 2)"),
     (lambda: ops.cross_entropy(t(2, 4, dtype=torch.int64), IDS), "cross_entropy: logits ", "torch.int64"),
     (lambda: ops.cross_entropy(t(2, 2, 4), IDS), "cross_entropy: logits ", "(N, V)"),
     (lambda: ops.cross_entropy(t(3, 4), IDS), "cross_entropy: logits ", "targets (2,)"),

@@ -15,9 +15,9 @@ from .base import Defaults, Work
 def _torch_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """As models without a kernel write it, at the tensors' dtype."""
     if interleaved:
-        cos, sin = (t.repeat_interleave(2, -1)[:, None].to(x.dtype) for t in (cos, sin))
+        cos, sin = (t.repeat_interleave(2, -1)[..., None, :].to(x.dtype) for t in (cos, sin))
         return x * cos + torch.stack((-x[..., 1::2], x[..., 0::2]), -1).flatten(-2) * sin
-    cos, sin = (torch.cat((t, t), -1)[:, None].to(x.dtype) for t in (cos, sin))
+    cos, sin = (torch.cat((t, t), -1)[..., None, :].to(x.dtype) for t in (cos, sin))
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat((-second, first), -1) * sin
 
@@ -37,12 +37,14 @@ class RopeCase(Defaults):
     heads: int
     head_dim: int
     interleaved: bool = False
+    by_row: bool = False
+    """Whether rows have positions of their own."""
     op: str = "rope"
 
     @property
     def label(self) -> str:
         label = f"B{self.batch} T{self.length} H{self.heads} D{self.head_dim}"
-        return label + " interleaved" * self.interleaved
+        return label + " interleaved" * self.interleaved + " by row" * self.by_row
 
     @property
     def plain(self) -> bool:
@@ -58,9 +60,11 @@ class RopeCase(Defaults):
 
     def tables(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, float32 as a model keeps them (float64 for the truth, of the same values)."""
-        return _rope_tables(
-            self.length, self.head_dim // 2, like.device, torch.promote_types(like.dtype, torch.float32)
-        )
+        rows = self.batch if self.by_row else 1
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        cos, sin = _rope_tables(rows * self.length, self.head_dim // 2, like.device, dtype)
+        shape = (self.batch, self.length, -1) if self.by_row else (self.length, -1)
+        return cos.view(shape), sin.view(shape)
 
     def ours(self, *tensors: Tensor, backend: str) -> Tensor:
         (x,) = tensors
