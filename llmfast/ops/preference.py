@@ -21,7 +21,7 @@ PREFERRED: dict[str, dict[Literal["fwd", "bwd"], tuple[tuple[int, str], ...]]] =
         "bwd": ((131072, "cuda"),),
     },
     "gelu": {
-        "fwd": ((4096, "cuda"),),
+        "fwd": ((4096, "triton"),),
         "bwd": ((4096, "cuda"),),
     },
     "layer_norm": {
