@@ -217,13 +217,13 @@ def _constants(
     }
 
 
-def _on_hopper(q: Tensor, k: Tensor, v: Tensor, softcap: float) -> bool:
-    """Whether sm_90's own kernels run this. In Gluon, they are imported for that architecture alone."""
+def _on_hopper(q: Tensor, k: Tensor, v: Tensor, softcap: float, direction: str) -> bool:
+    """Whether sm_90's own kernel runs this. In Gluon, it is imported for that architecture alone."""
     if architecture(q.device) != 90:
         return False
     from .hopper import runs_on_hopper
 
-    return runs_on_hopper(q, k, v, softcap)
+    return runs_on_hopper(q, k, v, softcap, direction)
 
 
 def _narrow(window: int | None, n_keys: int) -> int | None:
@@ -252,7 +252,7 @@ def _forward(
     statistics = torch.empty((2, q.shape[0], heads, q.shape[1]), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, statistics
-    if _on_hopper(q, k, v, softcap):
+    if _on_hopper(q, k, v, softcap, "fwd"):
         from .attention_hopper import attention_hopper_fwd
 
         attention_hopper_fwd(q, k, v, out, statistics, causal, scale, window, softcap, packed)
@@ -274,7 +274,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch, n_queries, n_keys = _sizes(q, k, packed)
     window = _narrow(window, n_keys)
-    if _on_hopper(q, k, v, softcap):
+    if _on_hopper(q, k, v, softcap, "bwd"):
         from .attention_hopper_bwd import attention_hopper_bwd
 
         return attention_hopper_bwd(dout, q, k, v, out, statistics, causal, scale, window, softcap, packed)

@@ -47,12 +47,25 @@ from .hopper import head_tiles, named_barrier_arrive, named_barrier_sync, tma_lo
 
 # Keys and values that a section of heads may hold: less than half the L2 cache, so that its tiles find them there.
 SECTION_BYTES = 20 * 2**20
+
+
+class Tiles(NamedTuple):
+    """Keys of a block, blocks in the ring, and tiles of queries in shared memory: two, of which one is loaded ahead, or
+    one."""
+
+    keys: int
+    stages: int
+    queries: int
+
+
+# By head dimension, rounded up. Of 256, an output takes 128 of the 240 registers that a thread may have.
+TILES = {64: Tiles(128, 3, 2), 128: Tiles(128, 2, 2), 256: Tiles(64, 2, 1)}
 FIRST_TURN: gl.constexpr = gl.constexpr(8)  # hardware barrier of the first warpgroup; those below are Triton's
 
 
 class Buffers(NamedTuple):
-    """Shared memory. q: (2 * warpgroups, 64, D), two tiles of queries, in whose place their output is put to be stored;
-    k, v: (stages, block, D), a ring. Each slot has a barrier for "loaded" and one for "free again"."""
+    """Shared memory. q: (tiles * groups, 64, D), one tile of queries or two, in whose place their output is put to be
+    stored; k, v: (stages, block, D), a ring. Each slot has a barrier for "loaded" and one for "free again"."""
 
     q: gl.shared_memory_descriptor
     k: gl.shared_memory_descriptor
@@ -78,43 +91,60 @@ def _blocks(row, rows, work, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr):
 
 
 @gluon.jit
-def _load_tile(inputs, buffers, work, b, h, tile, step, stage, phase, CAUSAL: gl.constexpr):
-    """A tile's queries, and its blocks of keys and values from last to first; -> the ring's next stage."""
-    GROUPS: gl.constexpr = buffers.q.shape[0] // 2
+def _load_queries(q_desc, buffers, work, b, h, row, step, GROUPS: gl.constexpr):
+    TILES: gl.constexpr = buffers.q.shape[0] // GROUPS
+    D: gl.constexpr = buffers.q.shape[2]
+    for w in gl.static_range(GROUPS):
+        slot = step % TILES * GROUPS + w
+        mbarrier.wait(buffers.q_empty.index(slot), step // TILES % 2 ^ 1)
+        mbarrier.expect(buffers.q_full.index(slot), 64 * D * 2)
+        tma_load(q_desc, queries_at(b, h, row + w * 64, work), buffers.q_full.index(slot), buffers.q.index(slot))
+
+
+@gluon.jit
+def _load_tile(
+    inputs, buffers, work, b, h, tile, step, stage, phase, GROUPS: gl.constexpr, CAUSAL: gl.constexpr
+):  # fmt: skip
+    """A tile's queries, and its blocks of keys and values from last to first; -> the ring's next stage. With one tile
+    of queries, whose place the tile before leaves late, the first keys come before them."""
+    AHEAD: gl.constexpr = buffers.q.shape[0] > GROUPS
     STAGES: gl.constexpr = buffers.k.shape[0]
     BLOCK_N: gl.constexpr = buffers.k.shape[1]
     D: gl.constexpr = buffers.k.shape[2]
     q_desc, k_desc, v_desc = inputs
     row = tile * (64 * GROUPS)
-    for w in gl.static_range(GROUPS):
-        slot = step % 2 * GROUPS + w
-        mbarrier.wait(buffers.q_empty.index(slot), step // 2 % 2 ^ 1)
-        mbarrier.expect(buffers.q_full.index(slot), 64 * D * 2)
-        tma_load(q_desc, queries_at(b, h, row + w * 64, work), buffers.q_full.index(slot), buffers.q.index(slot))
+    if AHEAD:
+        _load_queries(q_desc, buffers, work, b, h, row, step, GROUPS)
     begin, inner, full, end = _blocks(row, 64 * GROUPS, work, BLOCK_N, CAUSAL)
     for i in range(0, end - begin):
         at = keys_at(b, h // work.group, (end - 1 - i) * BLOCK_N, work)
         mbarrier.wait(buffers.k_empty.index(stage), phase)
         mbarrier.expect(buffers.k_full.index(stage), BLOCK_N * D * 2)
         tma_load(k_desc, at, buffers.k_full.index(stage), buffers.k.index(stage))
+        if not AHEAD:
+            if i == 0:
+                _load_queries(q_desc, buffers, work, b, h, row, step, GROUPS)
         mbarrier.wait(buffers.v_empty.index(stage), phase)
         mbarrier.expect(buffers.v_full.index(stage), BLOCK_N * D * 2)
         tma_load(v_desc, at, buffers.v_full.index(stage), buffers.v.index(stage))
         stage, phase = _next(stage, phase, STAGES)
+    if not AHEAD:
+        if end <= begin:
+            _load_queries(q_desc, buffers, work, b, h, row, step, GROUPS)
     return stage, phase
 
 
 @gluon.jit
-def _load(inputs, buffers, work, packed, CAUSAL: gl.constexpr):
+def _load(inputs, buffers, work, packed, GROUPS: gl.constexpr, CAUSAL: gl.constexpr):
     """The loading warp. Of packed sequences it decides which tiles this thread block takes: places without rows it
     passes over, and the next number is drawn before a tile is loaded, so that it is there after it."""
-    ROWS: gl.constexpr = 32 * buffers.q.shape[0]
+    ROWS: gl.constexpr = 64 * GROUPS
     stage = 0
     phase = 1
     if packed.counter is None:
         for step in range(0, steps(work)):
             b, h, tile = place(item(step), work, CAUSAL)
-            stage, phase = _load_tile(inputs, buffers, work, b, h, tile, step, stage, phase, CAUSAL)
+            stage, phase = _load_tile(inputs, buffers, work, b, h, tile, step, stage, phase, GROUPS, CAUSAL)
     else:
         taken = 0
         number = gl.program_id(0)
@@ -130,7 +160,7 @@ def _load(inputs, buffers, work, packed, CAUSAL: gl.constexpr):
                     work.heads, work.group, n_queries, n_keys, work.n_heads, work.n_tiles, work.section, work.window,
                     work.cap, first_query, first_key,
                 )  # fmt: skip
-                stage, phase = _load_tile(inputs, buffers, own, 0, h, tile, taken, stage, phase, CAUSAL)
+                stage, phase = _load_tile(inputs, buffers, own, 0, h, tile, taken, stage, phase, GROUPS, CAUSAL)
                 taken += 1
             number = gl.num_programs(0) + drawn(ticket)
         tell(packed, taken, (-1, 0, 0, 0, 0, 0))
@@ -155,12 +185,12 @@ def _issue_output(p, acc, buffers, stage, phase):
 
 
 @gluon.jit
-def _pass_turn(buffers, W: gl.constexpr):
-    named_barrier_arrive(FIRST_TURN + (W + 1) % (buffers.q.shape[0] // 2), 256)
+def _pass_turn(W: gl.constexpr, GROUPS: gl.constexpr):
+    named_barrier_arrive(FIRST_TURN + (W + 1) % GROUPS, 256)
 
 
 @gluon.jit
-def _give_back(begin, end, buffers, stage, phase, W: gl.constexpr):
+def _give_back(begin, end, buffers, stage, phase, W: gl.constexpr, GROUPS: gl.constexpr):
     """Let blocks pass that other warpgroups alone see, in turn; -> the ring's next stage."""
     for _ in range(begin, end):
         mbarrier.wait(buffers.k_full.index(stage), phase)
@@ -168,18 +198,19 @@ def _give_back(begin, end, buffers, stage, phase, W: gl.constexpr):
         mbarrier.wait(buffers.v_full.index(stage), phase)
         mbarrier.arrive(buffers.v_empty.index(stage), count=1)
         named_barrier_sync(FIRST_TURN + W, 256)
-        _pass_turn(buffers, W)
+        _pass_turn(W, GROUPS)
         stage, phase = _next(stage, phase, buffers.k.shape[0])
     return stage, phase
 
 
 @gluon.jit
 def _attend(
-    q, freed, step, buffers, stage, phase, blocks, last, window, cap, scale, W: gl.constexpr, CAUSAL: gl.constexpr
+    q, freed, step, buffers, stage, phase, blocks, last, window, cap, scale,
+    W: gl.constexpr, GROUPS: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """64 queries over the key blocks end - 1, ..., begin < end -> output (not normalised), row maxima, row sums, and
     the ring's next stage. blocks: (begin, inner, full, end), of which those in [inner, full) need no mask. `last`: each
-    row's last visible key. `freed`: barrier of the slot that the tile before leaves."""
+    row's last visible key. `freed`: barrier of the slot that the tile before leaves, if it is another one."""
     STAGES: gl.constexpr = buffers.k.shape[0]
     BLOCK_N: gl.constexpr = buffers.k.shape[1]
     D: gl.constexpr = buffers.k.shape[2]
@@ -187,9 +218,10 @@ def _attend(
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     s = _issue_scores(q, buffers, stage, phase, W)
-    _pass_turn(buffers, W)
-    tma.store_wait(0)
-    mbarrier.arrive(freed, count=1, pred=step > 0)
+    _pass_turn(W, GROUPS)
+    if buffers.q.shape[0] > GROUPS:
+        tma.store_wait(0)
+        mbarrier.arrive(freed, count=1, pred=step > 0)
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(buffers.k_empty.index(stage), count=1)
     if cap is not None:
@@ -207,7 +239,7 @@ def _attend(
         stage, phase = _next(stage, phase, STAGES)
         s = _issue_scores(q, buffers, stage, phase, W)
         acc = _issue_output(p, acc, buffers, before, before_phase)
-        _pass_turn(buffers, W)
+        _pass_turn(W, GROUPS)
         s = warpgroup_mma_wait(1, deps=[s])
         mbarrier.arrive(buffers.k_empty.index(stage), count=1)
         if cap is not None:
@@ -232,10 +264,11 @@ def _attend(
 
 @gluon.jit
 def _compute_tile(
-    outputs, buffers, work, b, h, tile, step, stage, phase, scale, W: gl.constexpr, CAUSAL: gl.constexpr
+    outputs, buffers, work, b, h, tile, step, stage, phase, scale,
+    W: gl.constexpr, GROUPS: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W's 64 queries of a tile; -> the ring's next stage."""
-    GROUPS: gl.constexpr = buffers.q.shape[0] // 2
+    TILES: gl.constexpr = buffers.q.shape[0] // GROUPS
     BLOCK_N: gl.constexpr = buffers.k.shape[1]
     D: gl.constexpr = buffers.k.shape[2]
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -253,23 +286,23 @@ def _compute_tile(
     last = gl.zeros_like(rows) + (work.n_keys - 1)
     if CAUSAL:
         last = gl.minimum(last, rows + (work.n_keys - work.n_queries))
-    stage, phase = _give_back(end, tile_end, buffers, stage, phase, W)
-    slot = step % 2 * GROUPS + W
-    freed = buffers.q_empty.index((step + 1) % 2 * GROUPS + W)
-    mbarrier.wait(buffers.q_full.index(slot), step // 2 % 2)
+    stage, phase = _give_back(end, tile_end, buffers, stage, phase, W, GROUPS)
+    slot = step % TILES * GROUPS + W
+    freed = buffers.q_empty.index((step + 1) % TILES * GROUPS + W)
+    mbarrier.wait(buffers.q_full.index(slot), step // TILES % 2)
     acc = gl.zeros([64, D], gl.float32, layout=o_layout)
     m = gl.full([64], -float("inf"), gl.float32, layout=row_layout)
     total = gl.zeros([64], gl.float32, layout=row_layout)
     if end > begin:
         acc, m, total, stage, phase = _attend(
             buffers.q.index(slot), freed, step, buffers, stage, phase, (begin, inner, full, end), last,
-            work.window, work.cap, scale, W, CAUSAL,
+            work.window, work.cap, scale, W, GROUPS, CAUSAL,
         )  # fmt: skip
-    else:
+    elif TILES == 2:
         tma.store_wait(0)  # the tile before has left its slot
         mbarrier.arrive(freed, count=1, pred=step > 0)
     if work.window is not None:
-        stage, phase = _give_back(tile_begin, begin, buffers, stage, phase, W)
+        stage, phase = _give_back(tile_begin, begin, buffers, stage, phase, W, GROUPS)
     at = (b * work.heads + h).to(gl.int64) * all_queries + rows
     if work.first_query is not None:
         at += work.first_query
@@ -279,21 +312,26 @@ def _compute_tile(
     buffers.q.index(slot).store((acc * norm[:, None]).to(o_desc.dtype))
     fence_async_shared()
     tma_store(o_desc, queries_at(b, h, row, work), buffers.q.index(slot))
+    if TILES == 1:
+        tma.store_wait(0)
+        mbarrier.arrive(freed, count=1)
     return stage, phase
 
 
 @gluon.jit
-def _compute(outputs, buffers, work, packed, scale, W: gl.constexpr, CAUSAL: gl.constexpr):
+def _compute(
+    outputs, buffers, work, packed, scale, W: gl.constexpr, GROUPS: gl.constexpr, CAUSAL: gl.constexpr
+):  # fmt: skip
     """Warpgroup W: queries W * 64 to W * 64 + 63 of each tile."""
     stage = 0
     phase = 0
-    if W == buffers.q.shape[0] // 2 - 1:
-        _pass_turn(buffers, W)
+    if W == GROUPS - 1:
+        _pass_turn(W, GROUPS)
     if packed.counter is None:
         for step in range(0, steps(work)):
             b, h, tile = place(item(step), work, CAUSAL)
             stage, phase = _compute_tile(
-                outputs, buffers, work, b, h, tile, step, stage, phase, scale, W, CAUSAL
+                outputs, buffers, work, b, h, tile, step, stage, phase, scale, W, GROUPS, CAUSAL
             )  # fmt: skip
     else:
         taken = 0
@@ -307,7 +345,7 @@ def _compute(outputs, buffers, work, packed, scale, W: gl.constexpr, CAUSAL: gl.
             tile = heard(packed, taken, 1)
             mbarrier.arrive(packed.read.index(taken % 2), count=1)
             stage, phase = _compute_tile(
-                outputs, buffers, own, 0, h, tile, taken, stage, phase, scale, W, CAUSAL
+                outputs, buffers, own, 0, h, tile, taken, stage, phase, scale, W, GROUPS, CAUSAL
             )  # fmt: skip
             taken += 1
             mbarrier.wait(packed.told.index(taken % 2), taken // 2 % 2)
@@ -327,7 +365,7 @@ def _barriers(N: gl.constexpr, ARRIVALS: gl.constexpr):
 def _attention_hopper_fwd_kernel(
     q_desc, k_desc, v_desc, o_desc, Max, Sum, QueryStarts, KeyStarts, Counter, sequences, query_places, heads, group,
     n_queries, n_keys, n_heads, section, window, cap, scale,
-    CAUSAL: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr, GROUPS: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Descriptors of (B, H, T, D) tensors, see `head_tiles`: tiles of Q and Out are (64, D), of K and V (BLOCK_N, D), D
     with its padding. Max, Sum: (B, heads, n_queries) fp32. QueryStarts, KeyStarts: (sequences + 1,) of packed ones, all
@@ -338,11 +376,11 @@ def _attention_hopper_fwd_kernel(
     BLOCK_N: gl.constexpr = k_desc.block_shape[-2]
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     buffers = Buffers(
-        gl.allocate_shared_memory(dtype, [2 * GROUPS, 64, D], layout),
+        gl.allocate_shared_memory(dtype, [TILES * GROUPS, 64, D], layout),
         gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], layout),
         gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], layout),
-        _barriers(2 * GROUPS, 1),
-        _barriers(2 * GROUPS, 1),
+        _barriers(TILES * GROUPS, 1),
+        _barriers(TILES * GROUPS, 1),
         _barriers(STAGES, 1),
         _barriers(STAGES, GROUPS),
         _barriers(STAGES, 1),
@@ -363,9 +401,9 @@ def _attention_hopper_fwd_kernel(
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_compute, (outputs, buffers, work, packed, scale, 0, CAUSAL)),
-                (_compute, (outputs, buffers, work, packed, scale, 1, CAUSAL)),
-                (_load, (inputs, buffers, work, packed, CAUSAL)),
+                (_compute, (outputs, buffers, work, packed, scale, 0, GROUPS, CAUSAL)),
+                (_compute, (outputs, buffers, work, packed, scale, 1, GROUPS, CAUSAL)),
+                (_load, (inputs, buffers, work, packed, GROUPS, CAUSAL)),
             ],
             [4, 1],
             [240, 24],
@@ -373,10 +411,10 @@ def _attention_hopper_fwd_kernel(
     else:
         gl.warp_specialize(
             [
-                (_compute, (outputs, buffers, work, packed, scale, 0, CAUSAL)),
-                (_compute, (outputs, buffers, work, packed, scale, 1, CAUSAL)),
-                (_compute, (outputs, buffers, work, packed, scale, 2, CAUSAL)),
-                (_load, (inputs, buffers, work, packed, CAUSAL)),
+                (_compute, (outputs, buffers, work, packed, scale, 0, GROUPS, CAUSAL)),
+                (_compute, (outputs, buffers, work, packed, scale, 1, GROUPS, CAUSAL)),
+                (_compute, (outputs, buffers, work, packed, scale, 2, GROUPS, CAUSAL)),
+                (_load, (inputs, buffers, work, packed, GROUPS, CAUSAL)),
             ],
             [4, 4, 1],
             [160, 160, 24],
@@ -394,13 +432,14 @@ def attention_hopper_fwd(
     """
     batch, n_queries, heads, head_dim = q.shape
     kv_heads = k.shape[2]
-    block_d = 64 if head_dim <= 64 else 128
+    block_d = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+    tiles = TILES[block_d]
     starts: tuple[Any, ...] = (None, None, None, None)
     longest_q, longest_k = n_queries, k.shape[1]
     if packed is not None:
         starts = *packed[:2], torch.zeros(1, dtype=torch.int32, device=q.device), packed[0].shape[0] - 1
         longest_q, longest_k = n_queries // starts[3], packed[3]  # the queries on average
-    groups, stages = (3 if block_d == 64 and longest_q > 1024 and not softcap else 2), (3 if block_d == 64 else 2)
+    groups = 3 if block_d == 64 and longest_q > 1024 and not softcap else 2
     places = None if packed is None else packed_tiles(n_queries, starts[3], 64 * groups)
     processors = multiprocessors(q.device)
     grid = min(processors, (places or cdiv(n_queries, 64 * groups)) * batch * heads)
@@ -408,10 +447,11 @@ def attention_hopper_fwd(
     section = max(1, processors // 4)
     section *= max(1, SECTION_BYTES * heads // (section * kv_heads * max(longest_k, 1) * head_dim * 4))
     section = min(section, batch * heads)
-    tensors = ((q, 64), (k, 128), (v, 128), (out, 64))
+    tensors = ((q, 64), (k, tiles.keys), (v, tiles.keys), (out, 64))
     launch(
         _attention_hopper_fwd_kernel, (grid,),
         *(head_tiles(x, rows, block_d, packed is not None) for x, rows in tensors), *statistics, *starts, places,
         heads, heads // kv_heads, n_queries, k.shape[1], batch * heads, section, window,
-        softcap / scale if softcap else None, scale, CAUSAL=causal, GROUPS=groups, STAGES=stages, num_warps=4,
+        softcap / scale if softcap else None, scale, CAUSAL=causal, GROUPS=groups, TILES=tiles.queries,
+        STAGES=tiles.stages, num_warps=4,
     )  # fmt: skip

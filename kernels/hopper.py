@@ -19,6 +19,7 @@ tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 MANY = gl.constexpr(2**30)  # rows that no tensor has
 MAX_SOFTCAP = 256.0
+MAX_HEAD_DIM = {"fwd": 256, "bwd": 128}
 
 
 @builtin
@@ -101,8 +102,9 @@ def head_rows(b, h, row, first, length, PACKED: gl.constexpr):
         return [b, h, row, 0]
 
 
-def runs_on_hopper(q: Tensor, k: Tensor, v: Tensor, softcap: float = 0.0) -> bool:
-    """Whether attention's kernels for this architecture take these (B, T, H, D) tensors, causal or not, with or without
-    a window, and scores capped as far as their tanh is accurate, see `capped` in kernels/_hopper_scores.py."""
-    fits = q.element_size() == 2 and q.shape[3] <= 128 and q.shape[3] % 8 == 0 and softcap <= MAX_SOFTCAP
-    return fits and all(map(tma_readable, (q, k, v)))
+def runs_on_hopper(q: Tensor, k: Tensor, v: Tensor, softcap: float = 0.0, direction: str = "fwd") -> bool:
+    """Whether attention's kernel for this architecture, of one direction, takes these (B, T, H, D) tensors, causal or
+    not, with or without a window, and scores capped as far as their tanh is accurate, see `capped` in
+    kernels/_hopper_scores.py."""
+    fits = q.element_size() == 2 and q.shape[3] <= MAX_HEAD_DIM[direction] and q.shape[3] % 8 == 0
+    return fits and softcap <= MAX_SOFTCAP and all(map(tma_readable, (q, k, v)))
