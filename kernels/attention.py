@@ -4,7 +4,8 @@ Scores are never stored: a program holds a tile of queries and walks the keys wi
 backward pass recomputes them in two kernels, one over key tiles for dk and dv and one over query tiles for dq, so that
 every sum has a fixed order and no atomics are needed (bitwise repeatable). Tensors are (B, T, H, D) with any strides in
 B, T and H. Softmax is in base 2 with fp32 lse; products take the tensors' dtype and accumulate in fp32. On sm_90
-`attention_hopper` and `attention_hopper_bwd` run wherever they can.
+`attention_hopper` runs wherever it can, and `attention_hopper_bwd`, after the one forward pass or the other: for head
+dimensions above 128 the backward pass is the one here.
 Not supported: head dimensions above 256, float64, dense masks, dropout.
 """
 

@@ -7,7 +7,9 @@ blocks stay on their multiprocessor and take one tile of queries after the other
 the last block to the first, so that masks are needed at the start alone, and with a window at the end.
 
 Supported: bfloat16 and float16, grouped heads, sliding windows, capped scores, packed sequences, any lengths, strides
-that TMA takes, head dimensions up to 128 that are multiples of 8; others than 64 and 128 are padded with zeros.
+that TMA takes, head dimensions up to 256 that are multiples of 8; others than 64, 128 and 256 are padded with zeros.
+Above 128, `attention_hopper_bwd` has no backward pass for it: that is kernels/attention.py's, which reads the same
+statistics.
 """
 
 from typing import Any, NamedTuple
@@ -25,25 +27,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ._common import LOG2E, cdiv, multiprocessors
-from ._hopper_schedule import (
-    FIELDS,
-    SIZES,
-    Packed,
-    Work,
-    draw,
-    drawn,
-    heard,
-    item,
-    keys_at,
-    place,
-    queries_at,
-    steps,
-    tell,
-)
+from ._hopper_loads import Buffers, key_blocks_of, load, next_stage
+from ._hopper_schedule import FIELDS, SIZES, Packed, Work, heard, item, place, queries_at, steps
 from ._hopper_scores import capped, exponentials, mask
-from ._hopper_tiles import key_blocks, packed_tiles, rows_of, tile_at
+from ._hopper_tiles import packed_tiles
 from ._launch import launch
-from .hopper import head_tiles, named_barrier_arrive, named_barrier_sync, tma_load, tma_store
+from .hopper import head_tiles, named_barrier_arrive, named_barrier_sync, tma_store
 
 # Keys and values that a section of heads may hold: less than half the L2 cache, so that its tiles find them there.
 SECTION_BYTES = 20 * 2**20
@@ -61,109 +50,6 @@ class Tiles(NamedTuple):
 # By head dimension, rounded up. Of 256, an output takes 128 of the 240 registers that a thread may have.
 TILES = {64: Tiles(128, 3, 2), 128: Tiles(128, 2, 2), 256: Tiles(64, 2, 1)}
 FIRST_TURN: gl.constexpr = gl.constexpr(8)  # hardware barrier of the first warpgroup; those below are Triton's
-
-
-class Buffers(NamedTuple):
-    """Shared memory. q: (tiles * groups, 64, D), one tile of queries or two, in whose place their output is put to be
-    stored; k, v: (stages, block, D), a ring. Each slot has a barrier for "loaded" and one for "free again"."""
-
-    q: gl.shared_memory_descriptor
-    k: gl.shared_memory_descriptor
-    v: gl.shared_memory_descriptor
-    q_full: gl.shared_memory_descriptor
-    q_empty: gl.shared_memory_descriptor
-    k_full: gl.shared_memory_descriptor
-    k_empty: gl.shared_memory_descriptor
-    v_full: gl.shared_memory_descriptor
-    v_empty: gl.shared_memory_descriptor
-
-
-@gluon.jit
-def _next(stage, phase, STAGES: gl.constexpr):
-    wrap = stage == STAGES - 1
-    return gl.where(wrap, 0, stage + 1), gl.where(wrap, phase ^ 1, phase)
-
-
-@gluon.jit
-def _blocks(row, rows, work, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr):
-    """See `key_blocks`. Of packed sequences, no tile is taken that begins beyond its sequence's end."""
-    return key_blocks(row, rows, work.n_queries, work.n_keys, work.window, BLOCK_N, CAUSAL)
-
-
-@gluon.jit
-def _load_queries(q_desc, buffers, work, b, h, row, step, GROUPS: gl.constexpr):
-    TILES: gl.constexpr = buffers.q.shape[0] // GROUPS
-    D: gl.constexpr = buffers.q.shape[2]
-    for w in gl.static_range(GROUPS):
-        slot = step % TILES * GROUPS + w
-        mbarrier.wait(buffers.q_empty.index(slot), step // TILES % 2 ^ 1)
-        mbarrier.expect(buffers.q_full.index(slot), 64 * D * 2)
-        tma_load(q_desc, queries_at(b, h, row + w * 64, work), buffers.q_full.index(slot), buffers.q.index(slot))
-
-
-@gluon.jit
-def _load_tile(
-    inputs, buffers, work, b, h, tile, step, stage, phase, GROUPS: gl.constexpr, CAUSAL: gl.constexpr
-):  # fmt: skip
-    """A tile's queries, and its blocks of keys and values from last to first; -> the ring's next stage. With one tile
-    of queries, whose place the tile before leaves late, the first keys come before them."""
-    AHEAD: gl.constexpr = buffers.q.shape[0] > GROUPS
-    STAGES: gl.constexpr = buffers.k.shape[0]
-    BLOCK_N: gl.constexpr = buffers.k.shape[1]
-    D: gl.constexpr = buffers.k.shape[2]
-    q_desc, k_desc, v_desc = inputs
-    row = tile * (64 * GROUPS)
-    if AHEAD:
-        _load_queries(q_desc, buffers, work, b, h, row, step, GROUPS)
-    begin, inner, full, end = _blocks(row, 64 * GROUPS, work, BLOCK_N, CAUSAL)
-    for i in range(0, end - begin):
-        at = keys_at(b, h // work.group, (end - 1 - i) * BLOCK_N, work)
-        mbarrier.wait(buffers.k_empty.index(stage), phase)
-        mbarrier.expect(buffers.k_full.index(stage), BLOCK_N * D * 2)
-        tma_load(k_desc, at, buffers.k_full.index(stage), buffers.k.index(stage))
-        if not AHEAD:
-            if i == 0:
-                _load_queries(q_desc, buffers, work, b, h, row, step, GROUPS)
-        mbarrier.wait(buffers.v_empty.index(stage), phase)
-        mbarrier.expect(buffers.v_full.index(stage), BLOCK_N * D * 2)
-        tma_load(v_desc, at, buffers.v_full.index(stage), buffers.v.index(stage))
-        stage, phase = _next(stage, phase, STAGES)
-    if not AHEAD:
-        if end <= begin:
-            _load_queries(q_desc, buffers, work, b, h, row, step, GROUPS)
-    return stage, phase
-
-
-@gluon.jit
-def _load(inputs, buffers, work, packed, GROUPS: gl.constexpr, CAUSAL: gl.constexpr):
-    """The loading warp. Of packed sequences it decides which tiles this thread block takes: places without rows it
-    passes over, and the next number is drawn before a tile is loaded, so that it is there after it."""
-    ROWS: gl.constexpr = 64 * GROUPS
-    stage = 0
-    phase = 1
-    if packed.counter is None:
-        for step in range(0, steps(work)):
-            b, h, tile = place(item(step), work, CAUSAL)
-            stage, phase = _load_tile(inputs, buffers, work, b, h, tile, step, stage, phase, GROUPS, CAUSAL)
-    else:
-        taken = 0
-        number = gl.program_id(0)
-        while number < work.n_heads * work.n_tiles:
-            ticket = draw(packed.counter)
-            _, h, among = place(number, work, CAUSAL)
-            sequence, tile = tile_at(packed.query_starts, among, packed.sequences, ROWS)
-            first_query, n_queries = rows_of(packed.query_starts, sequence)
-            first_key, n_keys = rows_of(packed.key_starts, sequence)
-            if tile * ROWS < n_queries:
-                tell(packed, taken, (h, tile, first_query, n_queries, first_key, n_keys))
-                own = Work(
-                    work.heads, work.group, n_queries, n_keys, work.n_heads, work.n_tiles, work.section, work.window,
-                    work.cap, first_query, first_key,
-                )  # fmt: skip
-                stage, phase = _load_tile(inputs, buffers, own, 0, h, tile, taken, stage, phase, GROUPS, CAUSAL)
-                taken += 1
-            number = gl.num_programs(0) + drawn(ticket)
-        tell(packed, taken, (-1, 0, 0, 0, 0, 0))
 
 
 @gluon.jit
@@ -199,7 +85,7 @@ def _give_back(begin, end, buffers, stage, phase, W: gl.constexpr, GROUPS: gl.co
         mbarrier.arrive(buffers.v_empty.index(stage), count=1)
         named_barrier_sync(FIRST_TURN + W, 256)
         _pass_turn(W, GROUPS)
-        stage, phase = _next(stage, phase, buffers.k.shape[0])
+        stage, phase = next_stage(stage, phase, buffers.k.shape[0])
     return stage, phase
 
 
@@ -236,7 +122,7 @@ def _attend(
     for i in range(1, end - begin):
         block = end - 1 - i
         before, before_phase = stage, phase
-        stage, phase = _next(stage, phase, STAGES)
+        stage, phase = next_stage(stage, phase, STAGES)
         s = _issue_scores(q, buffers, stage, phase, W)
         acc = _issue_output(p, acc, buffers, before, before_phase)
         _pass_turn(W, GROUPS)
@@ -258,7 +144,7 @@ def _attend(
     acc = _issue_output(p, acc, buffers, stage, phase)
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(buffers.v_empty.index(stage), count=1)
-    stage, phase = _next(stage, phase, STAGES)
+    stage, phase = next_stage(stage, phase, STAGES)
     return acc, m, total, stage, phase
 
 
@@ -276,9 +162,9 @@ def _compute_tile(
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_desc, Max, Sum, all_queries = outputs
     row = tile * (64 * GROUPS)
-    tile_begin, _, _, tile_end = _blocks(row, 64 * GROUPS, work, BLOCK_N, CAUSAL)
+    tile_begin, _, _, tile_end = key_blocks_of(row, 64 * GROUPS, work, BLOCK_N, CAUSAL)
     row += W * 64
-    begin, inner, full, end = _blocks(row, 64, work, BLOCK_N, CAUSAL)
+    begin, inner, full, end = key_blocks_of(row, 64, work, BLOCK_N, CAUSAL)
     end = gl.where(row < work.n_queries, end, tile_begin)
     if work.window is not None:
         begin = gl.minimum(begin, end)
@@ -370,7 +256,8 @@ def _attention_hopper_fwd_kernel(
     """Descriptors of (B, H, T, D) tensors, see `head_tiles`: tiles of Q and Out are (64, D), of K and V (BLOCK_N, D), D
     with its padding. Max, Sum: (B, heads, n_queries) fp32. QueryStarts, KeyStarts: (sequences + 1,) of packed ones, all
     in one batch; query_places: tiles of queries that these have places for; Counter: 0. Else None, as window and cap,
-    that of scores before they are scaled, without. Registers a thread are FlashAttention-3's."""
+    that of scores before they are scaled, without. GROUPS, TILES, STAGES: see `Buffers`. Registers a thread are
+    FlashAttention-3's."""
     dtype: gl.constexpr = q_desc.dtype
     D: gl.constexpr = q_desc.block_shape[-1]
     BLOCK_N: gl.constexpr = k_desc.block_shape[-2]
@@ -403,7 +290,7 @@ def _attention_hopper_fwd_kernel(
             [
                 (_compute, (outputs, buffers, work, packed, scale, 0, GROUPS, CAUSAL)),
                 (_compute, (outputs, buffers, work, packed, scale, 1, GROUPS, CAUSAL)),
-                (_load, (inputs, buffers, work, packed, GROUPS, CAUSAL)),
+                (load, (inputs, buffers, work, packed, GROUPS, CAUSAL)),
             ],
             [4, 1],
             [240, 24],
@@ -414,7 +301,7 @@ def _attention_hopper_fwd_kernel(
                 (_compute, (outputs, buffers, work, packed, scale, 0, GROUPS, CAUSAL)),
                 (_compute, (outputs, buffers, work, packed, scale, 1, GROUPS, CAUSAL)),
                 (_compute, (outputs, buffers, work, packed, scale, 2, GROUPS, CAUSAL)),
-                (_load, (inputs, buffers, work, packed, GROUPS, CAUSAL)),
+                (load, (inputs, buffers, work, packed, GROUPS, CAUSAL)),
             ],
             [4, 4, 1],
             [160, 160, 24],

@@ -115,25 +115,25 @@ _VARLEN_LENGTHS = (
     (),
 )
 
-# What sm_90's own kernels do beside whole and causal attention, for a GPU: of their tiles (128 keys; 64, 128 or 192
-# queries) one and several, with and without a rest; windows, and sequences, that are shorter, as long, and longer.
+# What sm_90's own kernels do beside whole and causal attention, for a GPU: of their tiles (64 or 128 keys; 64, 128 or
+# 192 queries) one and several, with and without a rest; windows, and sequences, that are shorter, as long, and longer.
 _TILES = ((200, 200), (0, 7), (130, 0), (0, 0), (128, 128), (70, 257), (129, 5), (700, 1000))
 HOPPER_ATTENTION_CASES: list[Case] = [
     *(
         AttentionCase(2, *lengths, 4, 2, d, True, window=w)
-        for d in (64, 128)
+        for d in (64, 128, 256)
         for lengths in ((130, 257), (257, 257), (300, 140), (5, 700), (2100, 2300))
         for w in (1, 40, 128, 130, 500)
     ),
     *(
         AttentionCase(2, 300, 450, 4, 2, d, causal, window=w, softcap=c)
-        for d in (64, 128)
+        for d in (64, 128, 256)
         for causal, w in ((False, None), (True, None), (True, 100))
         for c in (0.5, 50.0)
     ),
     *(
         VarlenAttentionCase(lengths, 4, 2, d, causal, w, c)
-        for d in (64, 128)
+        for d in (64, 128, 256)
         for lengths in (_TILES, ((1500, 1500), (900, 900)), tuple((n % 7, n % 5) for n in range(300)))
         for causal, w, c in (
             (False, None, 0.0),
@@ -145,6 +145,9 @@ HOPPER_ATTENTION_CASES: list[Case] = [
     ),
     AttentionCase(1, 300, 300, 3, 1, 40, True, window=70),
     VarlenAttentionCase(_TILES, 3, 1, 80, True, 70, 5.0),
+    AttentionCase(1, 300, 300, 3, 1, 136, True, window=70),
+    AttentionCase(1, 300, 450, 4, 2, 192, False, softcap=5.0),
+    VarlenAttentionCase(_TILES, 3, 1, 160, True, 70, 5.0),
 ]
 
 TEST_CASES: dict[str, list[Case]] = {

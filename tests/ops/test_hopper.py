@@ -23,6 +23,11 @@ Instruction = tuple[str, str]  # opcode and operands; ("label", its name) for a 
 BOTH = ["attention_hopper_fwd", "attention_hopper_bwd"]
 
 
+def own(case: Case) -> list[str]:
+    """Launchers of these kernels that its forward and backward come to: above 128 the backward pass is portable."""
+    return BOTH if case.inputs["q"][-1] <= 128 else BOTH[:1]
+
+
 @pytest.fixture
 def hopper() -> None:
     if torch.cuda.get_device_capability() != (9, 0):
@@ -41,7 +46,10 @@ def test_runs_where_tma_can_read() -> None:
     wide = torch.zeros(2, 5, 4, 67, dtype=torch.bfloat16)
     assert not runs(q, wide[..., :64], v)  # strides of 134 bytes
     assert not runs(q, k, torch.zeros(2 * 5 * 4 * 64 + 1, dtype=torch.bfloat16)[1:].view(2, 5, 4, 64))  # odd address
-    assert not runs(*(torch.zeros(1, 3, 1, 256, dtype=torch.bfloat16),) * 3)
+    large = (torch.zeros(1, 3, 1, 264, dtype=torch.bfloat16),) * 3
+    fits = [t[..., :256] for t in large]
+    assert runs(*fits) and runs(*fits, 50.0) and not runs(*large)
+    assert not runs(*fits, direction="bwd") and runs(*(t[..., :128] for t in large), direction="bwd")
 
 
 @pytest.fixture
@@ -64,7 +72,10 @@ def launches(hopper: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("head_dim", "dtype"), [(64, torch.bfloat16), (128, torch.float16)])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [(64, torch.bfloat16), (128, torch.float16), (256, torch.bfloat16), (256, torch.float16), (160, torch.bfloat16)],
+)
 @pytest.mark.parametrize(("n_queries", "n_keys"), FLASH_ATTENTION_LENGTHS)
 def test_against_truth(
     n_queries: int, n_keys: int, head_dim: int, dtype: torch.dtype, causal: bool, launches: list[str]
@@ -73,7 +84,7 @@ def test_against_truth(
     inputs = make_inputs(case, "cuda", dtype)
     comparisons = compare(case, inputs, torch.randn(case.output, device="cuda").to(dtype), "triton")
     assert all(c.ok for c in comparisons), comparisons
-    assert launches == BOTH
+    assert launches == own(case)
 
 
 @pytest.mark.gpu
@@ -83,7 +94,7 @@ def test_windows_caps_and_packed_sequences(case: Case, dtype: torch.dtype, launc
     inputs = make_inputs(case, "cuda", dtype)
     comparisons = compare(case, inputs, torch.randn(case.output, device="cuda").to(dtype), "triton")
     assert all(c.ok for c in comparisons), comparisons
-    assert launches == BOTH
+    assert launches == own(case)
 
 
 LENGTHS = tuple((239 - n % 5 * 50, 333 - n % 7 * 50) for n in range(60))
@@ -91,9 +102,9 @@ LENGTHS = tuple((239 - n % 5 * 50, 333 - n % 7 * 50) for n in range(60))
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", [
-    *(AttentionCase(60, 239, 333, 4, 2, d, True, window=100) for d in (64, 128)),
-    *(AttentionCase(60, 239, 333, 4, 2, d, False, softcap=20.0) for d in (64, 128)),
-    *(VarlenAttentionCase(LENGTHS, 4, 2, d, causal) for d in (64, 128) for causal in (False, True)),
+    *(AttentionCase(60, 239, 333, 4, 2, d, True, window=100) for d in (64, 128, 256)),
+    *(AttentionCase(60, 239, 333, 4, 2, d, False, softcap=20.0) for d in (64, 128, 256)),
+    *(VarlenAttentionCase(LENGTHS, 4, 2, d, causal) for d in (64, 128, 256) for causal in (False, True)),
     VarlenAttentionCase(((2100, 2100),) * 8, 4, 2, 64, True, window=300),
 ], ids=lambda c: c.label.replace(" ", "-")[-60:])  # fmt: skip
 def test_repeats_bitwise(case: Case, launches: list[str]) -> None:
@@ -114,9 +125,10 @@ def test_repeats_bitwise(case: Case, launches: list[str]) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", [False, True])
-def test_other_sequences_do_not_matter(causal: bool, launches: list[str]) -> None:
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_other_sequences_do_not_matter(head_dim: int, causal: bool, launches: list[str]) -> None:
     """NaN in one packed sequence spoils neither the one before nor the one after, of which it shares tiles."""
-    case = VarlenAttentionCase(((70, 70), (90, 90), (70, 70)), 4, 2, 64, causal)
+    case = VarlenAttentionCase(((70, 70), (90, 90), (70, 70)), 4, 2, head_dim, causal)
     tensors = make_inputs(case, "cuda", torch.bfloat16)
     grad = torch.randn(case.output, device="cuda").bfloat16()
     spoilt = [t.detach().clone() for t in (*tensors, grad)]
@@ -128,7 +140,7 @@ def test_other_sequences_do_not_matter(causal: bool, launches: list[str]) -> Non
         results.append([out.detach(), *torch.autograd.grad(out, given, dout)])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a[:70], b[:70]) and torch.equal(a[160:], b[160:]) and b[70:160].isnan().any()
-    assert launches == BOTH * 2
+    assert launches == own(case) * 2
 
 
 COMPILE = """
@@ -140,16 +152,16 @@ from llmfast.testing.cases import AttentionCase, VarlenAttentionCase, make_input
 tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
 CASES = {
     f"{head_dim} {length} {'causal' if causal else 'full'}": AttentionCase(1, length, length, 2, 1, head_dim, causal)
-    for head_dim, length in ((64, 256), (64, 2048), (128, 256))
+    for head_dim, length in ((64, 256), (64, 2048), (128, 256), (256, 256))
     for causal in (False, True)
 }
-for head_dim in (64, 128):
+for head_dim in (64, 128, 256):
     lengths = ((200, 200), (56, 56))
     CASES[f"{head_dim} 256 packed window"] = VarlenAttentionCase(lengths, 2, 1, head_dim, True, window=100)
     CASES[f"{head_dim} 256 window capped"] = AttentionCase(1, 256, 256, 2, 1, head_dim, True, window=100, softcap=20.0)
 for name, case in CASES.items():
     inputs = make_inputs(case, "cpu", torch.bfloat16)
-    if "window" in name:
+    if "window" in name and case.head_dim <= 128:
         compiled = offline.launched(case, torch.bfloat16, 90)
     else:
         compiled = offline.launches(90, lambda: case.ours(*inputs, backend="triton"))
@@ -165,8 +177,8 @@ for name, case in CASES.items():
 
 @pytest.fixture(scope="module")
 def machine_code(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Instruction]]:
-    """Of each case of COMPILE, forward, and backward with windows. Compiled in another process: Triton's interpreter,
-    which this one may have chosen, compiles nothing."""
+    """Of each case of COMPILE, forward, and backward with windows, up to 128. Compiled in another process: Triton's
+    interpreter, which this one may have chosen, compiles nothing."""
     pytest.importorskip("triton")
     where = tmp_path_factory.mktemp("sass")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -174,7 +186,7 @@ def machine_code(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Ins
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (root, env.get("PYTHONPATH"))))
     subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILE, where], env=env, check=True)
     code = {file.stem: instructions(file.read_text()) for file in where.glob("*.sass")}
-    assert len(code) == 10 + 4
+    assert len(code) == 14 + 4
     return code
 
 
@@ -239,19 +251,21 @@ def test_operands_are_not_overwritten(machine_code: dict[str, list[Instruction]]
 
 def test_inner_loops(machine_code: dict[str, list[Instruction]]) -> None:
     """Forward, one for each warpgroup. The scores of a block and the output of the one before are started together,
-    before the wait for either, so that the tensor cores go through both without a gap; nothing is spilled."""
+    before the wait for either, so that the tensor cores go through both without a gap; nothing is spilled, but that
+    Triton 3.9 reloads one number at 256."""
     for case, code in machine_code.items():
         direction, head_dim, length, *_ = case.split()
+        keys = 64 if head_dim == "256" else 128
         loops = steady_loops(code)
         assert len(loops) == (3 if length == "2048" else 2), case
         for loop in loops if direction == "fwd" else []:
             ops = [op for op, _ in loop]
             products = [i for i, op in enumerate(ops) if op.startswith("HGMMA")]
             waits = [i for i, op in enumerate(ops) if op.startswith("WARPGROUP.DEPBAR")]
-            assert len(products) == int(head_dim) // 16 + 128 // 16 and len(waits) == 2, case
+            assert len(products) == int(head_dim) // 16 + keys // 16 and len(waits) == 2, case
             assert products[-1] < waits[0], case
-            assert ops.count("MUFU.EX2") == (128 if "capped" in case else 64) + 2, case
-            assert not {"LDL", "STL"} & {op.split(".")[0] for op in ops}, case
+            assert ops.count("MUFU.EX2") == (keys if "capped" in case else keys // 2) + 2, case
+            assert sum(op.split(".")[0] in ("LDL", "STL") for op in ops) <= (head_dim == "256"), case
 
 
 def test_inner_loops_backward(machine_code: dict[str, list[Instruction]]) -> None:

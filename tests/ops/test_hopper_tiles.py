@@ -47,18 +47,18 @@ def in_blocks(seen: np.ndarray, size: int, axis: int) -> list[bool]:
     return [bool(block.any()) for block in np.split(seen, range(size, seen.shape[axis], size), axis)]
 
 
-@pytest.mark.parametrize("rows", [64, 128, 192])
-def test_key_blocks(rows: int) -> None:
+@pytest.mark.parametrize(("rows", "keys"), [(64, 128), (128, 128), (192, 128), (64, 64), (128, 64)])
+def test_key_blocks(rows: int, keys: int) -> None:
     """Blocks outside [begin, end) are seen by none of the rows; those in [inner, full), which get no mask, by all."""
     key_blocks = function("key_blocks")
     for n_queries, n_keys, causal, window, seen in masks():
         for row in range(0, n_queries, rows):
-            begin, inner, full, end = key_blocks(row, rows, n_queries, n_keys, window, 128, causal)
+            begin, inner, full, end = key_blocks(row, rows, n_queries, n_keys, window, keys, causal)
             mine = seen[row : row + rows]
-            some = in_blocks(mine, 128, 1)
+            some = in_blocks(mine, keys, 1)
             assert [begin <= i < end for i in range(len(some))] == some, (n_queries, n_keys, window, row)
             for i in range(max(begin, inner), min(end, full)):
-                assert (i + 1) * 128 <= n_keys and bool(mine[:, 128 * i : 128 * i + 128].all())
+                assert (i + 1) * keys <= n_keys and bool(mine[:, keys * i : keys * i + keys].all())
             assert 0 <= begin <= end <= len(some)
 
 
