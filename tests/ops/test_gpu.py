@@ -169,7 +169,7 @@ def test_attention_long(case: AttentionCase, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("scale", [-0.2, 0.0])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_attention_gradients_of_any_scale(head_dim: int, scale: float) -> None:
     """And of an expanded gradient, whose strides are zero."""
     inputs = make_inputs(AttentionCase(2, 200, 300, 4, 2, head_dim, True), "cuda", torch.bfloat16)

@@ -65,13 +65,13 @@ CASES: list[tuple[int, Case]] = [
     (3, VarlenAttentionCase(LENGTHS, 1, 1, 128, True, window=100)),
     (2, VarlenAttentionCase(LENGTHS, 1, 1, 40, True, window=128, softcap=5.0)),
     (3, VarlenAttentionCase(((1100, 1100), (1050, 900)), 1, 1, 64, True, window=200)),
-    (3, AttentionCase(2, 300, 300, 2, 1, 256, True)),
+    (2, AttentionCase(1, 300, 300, 2, 1, 256, True)),
     (1, AttentionCase(1, 130, 200, 4, 2, 192, False)),
     (2, AttentionCase(1, 300, 130, 1, 1, 256, True, window=65)),
     (1, AttentionCase(1, 200, 300, 2, 1, 160, True, window=70, softcap=20.0)),
     (3, AttentionCase(1, 5, 3, 2, 2, 256, False, softcap=2.0)),
     (3, VarlenAttentionCase(LENGTHS, 1, 1, 256, False)),
-    (1, VarlenAttentionCase(LENGTHS, 2, 1, 192, True)),
+    (1, VarlenAttentionCase(LENGTHS, 1, 1, 192, True)),
     (2, VarlenAttentionCase(LENGTHS, 1, 1, 136, True, window=100, softcap=5.0)),
 ]
 
