@@ -62,8 +62,9 @@ class RopeCase(Defaults):
         """cos and sin, float32 as a model keeps them (float64 for the truth, of the same values)."""
         rows = self.batch if self.by_row else 1
         dtype = torch.promote_types(like.dtype, torch.float32)
-        cos, sin = _rope_tables(rows * self.length, self.head_dim // 2, like.device, dtype)
-        shape = (self.batch, self.length, -1) if self.by_row else (self.length, -1)
+        half = self.head_dim // 2
+        cos, sin = _rope_tables(rows * self.length, half, like.device, dtype)
+        shape = (self.batch, self.length, half) if self.by_row else (self.length, half)
         return cos.view(shape), sin.view(shape)
 
     def ours(self, *tensors: Tensor, backend: str) -> Tensor:
