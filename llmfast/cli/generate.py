@@ -9,6 +9,7 @@ import typer
 
 from .. import hardware, inference, ops
 from ..errors import InputError
+from ..inference import Decoder
 from ..models import GPT
 from ..tokenizers import AnyTokenizer, PretrainedTokenizer
 from .runs import load_model, run_folder
@@ -60,11 +61,12 @@ def chat(
         model, tokenizer = load_model(folder, where, hardware.compute_dtype(where), _warn)
         if not isinstance(tokenizer, PretrainedTokenizer):
             raise InputError(f"{folder}: was trained on texts, not on conversations; use: llmfast generate {folder}")
+        decoder = Decoder(model)  # kept from one answer to the next
         messages = [{"role": "system", "content": system}] if system is not None else []
         for said in _messages() if message is None else [message]:
             messages.append({"role": "user", "content": said})
             ids = tokenizer.chat_ids(messages)
-            answer = "".join(_shown(_continue(model, tokenizer, ids, max_tokens, temperature, top_k, top_p, seed)))
+            answer = "".join(_shown(_continue(decoder, tokenizer, ids, max_tokens, temperature, top_k, top_p, seed)))
             print()
             messages.append({"role": "assistant", "content": answer})
 
@@ -89,7 +91,7 @@ def stream(
 
 
 def _continue(
-    model: GPT,
+    model: GPT | Decoder,
     tokenizer: AnyTokenizer,
     ids: list[int],
     max_tokens: int,

@@ -118,6 +118,7 @@ def load_tokenizer(run_dir: Path) -> AnyTokenizer:
 
 
 def load_model(run_dir: Path, device: torch.device, dtype: torch.dtype, on_skip: Any) -> tuple[GPT, AnyTokenizer]:
-    """The best model of a run, in eval mode on `device`, and its tokenizer."""
+    """The best model of a run, in eval mode on `device`, its matrices in `dtype`, and its tokenizer."""
     model = load_weights(run_dir, dtype, on_skip)
+    model.cast_matrices()
     return model.to(device).eval(), load_tokenizer(run_dir)

@@ -1,6 +1,7 @@
 """Text generation."""
 
+from .decoding import Decoder
 from .generate import generate
 from .sampling import sample
 
-__all__ = ["generate", "sample"]
+__all__ = ["Decoder", "generate", "sample"]

@@ -3,15 +3,15 @@
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
-from torch import Tensor
 
 from ..errors import InputError
-from ..models import GPT, KVCache
+from ..models import GPT
+from .decoding import Decoder
 from .sampling import check, sample
 
 
 def generate(
-    model: GPT,
+    model: GPT | Decoder,
     prompt_ids: Sequence[int],
     max_new_tokens: int,
     *,
@@ -23,12 +23,16 @@ def generate(
 ) -> Iterator[int]:
     """Yield up to `max_new_tokens` ids that continue `prompt_ids`, ending before the first of `stop_ids`.
 
+    A `Decoder` of a model keeps its cache, and on a GPU its CUDA graph, for the next call. It continues one prompt at a
+    time: where a later call has begun, the earlier one raises InputError. A model gets a Decoder of its own.
+
     The prompt has 1 to `context_length` ids of the vocabulary, else InputError. When the context is full, the cache is
     rebuilt from the last half of it: later tokens see between context_length / 2 and context_length tokens. The model
     is put in eval mode; sampling is as `sample` says, with its own generator made from `seed`.
     """
     check(temperature, top_k, top_p)
-    config = model.config
+    gpt = model.model if isinstance(model, Decoder) else model
+    config = gpt.config
     if not 1 <= len(prompt_ids) <= config.context_length:
         raise InputError(
             f"the prompt has {len(prompt_ids)} tokens; give 1 to {config.context_length}, the model's context"
@@ -42,12 +46,12 @@ def generate(
         raise InputError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
     if not 0 <= seed < 2**64:
         raise InputError(f"seed is {seed}; it must be 0 to 2**64 - 1")
-    model.eval()
+    gpt.eval()
     return _continue(model, list(prompt_ids), max_new_tokens, temperature, top_k, top_p, seed, frozenset(stop_ids))
 
 
 def _continue(
-    model: GPT,
+    model: GPT | Decoder,
     tokens: list[int],
     max_new_tokens: int,
     temperature: float,
@@ -56,23 +60,19 @@ def _continue(
     seed: int,
     stop_ids: frozenset[int],
 ) -> Iterator[int]:
-    context, device = model.config.context_length, model.token_embedding.weight.device
-    generator = torch.Generator(device).manual_seed(seed)
-    cache = KVCache(model.config, 1, context, device, model.compute_dtype)
+    decoder = model if isinstance(model, Decoder) else Decoder(model)
+    cache, sequence = decoder.cache, decoder.begin()
+    generator = torch.Generator(cache.keys.device).manual_seed(seed)
     unread = tokens  # ids that the cache does not hold yet
     for _ in range(max_new_tokens):
-        if cache.length + len(unread) > context:
-            cache.length, unread = 0, tokens[-max(1, context // 2) :]
-        logits = _read(model, unread, cache)
+        if decoder.n_begun != sequence:
+            raise InputError("another prompt was begun with this Decoder; give each that is continued at once its own")
+        if cache.length + len(unread) > cache.capacity:
+            cache.length, unread = 0, tokens[-max(1, cache.capacity // 2) :]
+        logits = decoder(unread)
         token = int(sample(logits, temperature, top_k, top_p, generator))
         if token in stop_ids:
             return
         yield token
-        tokens = [*tokens[-context:], token]
+        tokens.append(token)
         unread = [token]
-
-
-@torch.inference_mode()  # here, not around the generator: its caller runs between two tokens
-def _read(model: GPT, ids: list[int], cache: KVCache) -> Tensor:
-    """Feed `ids` after what the cache holds; logits (1, V) of the next token."""
-    return model(torch.tensor([ids], device=cache.keys.device), cache, last_only=True)[:, -1]

@@ -31,13 +31,18 @@ class KVCache:
     def capacity(self) -> int:
         return self.keys.shape[2]
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write (B, T, Hkv, D) after the tokens held; return all keys and values so far, (B, length + T, Hkv, D)."""
-        end = self.length + k.shape[1]
+    def positions(self, n_tokens: int) -> slice | Tensor:
+        """Of the next tokens: an index into the cache and into tables by position. InputError if they do not fit."""
+        end = self.length + n_tokens
         if end > self.capacity:
             raise InputError(f"the KV cache holds {self.capacity} tokens, and {end} are needed; make a larger one")
-        self.keys[layer, :, self.length : end] = k
-        self.values[layer, :, self.length : end] = v
+        return slice(self.length, end)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write (B, T, Hkv, D) after the tokens held; return all keys and values so far, (B, length + T, Hkv, D)."""
+        positions, end = self.positions(k.shape[1]), self.length + k.shape[1]
+        self.keys[layer][:, positions] = k
+        self.values[layer][:, positions] = v
         return self.keys[layer, :, :end], self.values[layer, :, :end]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -62,3 +67,30 @@ class KVCache:
 
     def advance(self, n_tokens: int) -> None:
         self.length += n_tokens
+
+
+class DeviceKVCache(KVCache):
+    """A KVCache in which a forward pass of one token reads its position on the device, where `place` has written it.
+
+    Such a pass launches the same kernels on the same memory at every position, so that a CUDA graph of it replays for
+    all; nobody asks for its gradient, and the model has `Config.plain_attention`. Other passes are a KVCache's.
+    """
+
+    def __init__(self, config: Config, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(config, batch, capacity, device, dtype)
+        self._position = torch.zeros(1, device=device, dtype=torch.int64)
+
+    def place(self) -> None:
+        """Tell the device where the next token goes: before its forward pass, and before every replay of one."""
+        super().positions(1)  # is there room?
+        self._position.fill_(self.length)
+        self._device_lengths(self.length + 1)
+
+    def positions(self, n_tokens: int) -> slice | Tensor:
+        return self._position if n_tokens == 1 else super().positions(n_tokens)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        if q.shape[1] > 1:
+            return super().attend(layer, q, k, v, **options)
+        self.append(layer, k, v)
+        return ops.decode_attention(q, self.keys[layer], self.values[layer], self._lengths, **options)

@@ -75,14 +75,15 @@ class GPT(nn.Module):
             raise InputError(
                 f"{start + length} tokens do not fit the context of {self.config.context_length}; shorten the input"
             )
+        positions = cache.positions(length) if cache else slice(length)
         x = ops.embedding(self.token_embedding.weight, ids).to(self.compute_dtype)
         if self._embedding_scale != 1.0:
             x = x * self._embedding_scale
         if self.position_embedding is not None:
-            x = x + self.position_embedding.weight[start : start + length].to(x.dtype)
+            x = x + self.position_embedding.weight[positions].to(x.dtype)
         rotary = None
         if self.rotary is not None:
-            rotary = [(cos, sin) for cos, sin in self.rotary[:, :, start : start + length]]
+            rotary = [(cos, sin) for cos, sin in self.rotary[:, :, positions]]
         branch, residual = None, self.dropout(x)
         again = self.activation_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
@@ -110,6 +111,12 @@ class GPT(nn.Module):
             return ops.cross_entropy(self(ids).flatten(0, 1), targets, in_place=True)
         x = self._hidden(ids).flatten(0, 1)
         return ops.linear_cross_entropy(x, self._head_weight(x), targets)
+
+    def cast_matrices(self) -> None:
+        """Keep matrices in `compute_dtype`, in place of a cast of all of them for every pass: for inference."""
+        for parameter in self.parameters():
+            if parameter.dim() == 2:
+                parameter.data = parameter.data.to(self.compute_dtype)
 
     def refill_tables(self) -> None:
         """What no checkpoint holds: called when a model made on the meta device has got memory and weights."""

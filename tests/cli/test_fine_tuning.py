@@ -201,7 +201,10 @@ def test_a_folder_prepared_with_the_runs_tokenizer(imported: Path, text: Path, t
     assert json.loads((tmp_path / "run" / "config.json").read_text())["data"] == str(folder)
     new = ("--data", folder, "--preset", "tiny", *QUICK, "--steps", 1, "--out", tmp_path / "new")
     assert cli("train", *new)[0] == 0
-    assert load_model(tmp_path / "new", CPU, torch.float32, print)[1].stop_ids == {1}
+    model, own = load_model(tmp_path / "new", CPU, torch.bfloat16, print)
+    assert own.stop_ids == {1}
+    # Matrices are not left to be cast for every pass.
+    assert {(p.dim(), p.dtype) for p in model.parameters()} == {(1, torch.float32), (2, torch.bfloat16)}
 
 
 def test_refusals(foreign: Path, imported: Path, data: Path, text: Path, tmp_path: Path, cli: Cli) -> None:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llmfast import ops
 from llmfast.errors import InputError
-from llmfast.models import GPT, Config, KVCache, RopeScaling, preset
+from llmfast.models import GPT, Config, DeviceKVCache, KVCache, RopeScaling, preset
 
 VOCAB, CONTEXT = 61, 12
 
@@ -191,6 +191,28 @@ def test_decoding_with_a_cache_equals_one_pass(shape: Config, chunks: list[int])
     torch.testing.assert_close(torch.cat(last, 1), full[:, ends], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_positions_on_the_device_are_those_on_the_host(shape: Config) -> None:
+    """With another count on the host than on the device, a pass of one token still goes by the device's."""
+    gpt, x = model(shape), ids()
+    full, cache = gpt(x), DeviceKVCache(shape, 2, CONTEXT, torch.device("cpu"), torch.float64)
+    cache.keys.fill_(float("nan"))
+    cache.values.fill_(float("nan"))
+    with torch.no_grad():
+        torch.testing.assert_close(gpt(x[:, :5], cache), full[:, :5], rtol=1e-12, atol=1e-12)
+        for t in range(5, CONTEXT):
+            cache.place()
+            cache.length = 2
+            torch.testing.assert_close(gpt(x[:, t : t + 1], cache), full[:, t : t + 1], rtol=1e-12, atol=1e-12)
+            assert cache.length == 3
+            cache.length = t + 1
+        cache.length = 3  # back to an earlier token, and a few at once over what was there
+        torch.testing.assert_close(gpt(x[:, 3:6], cache), full[:, 3:6], rtol=1e-12, atol=1e-12)
+        cache.length = CONTEXT
+        with pytest.raises(InputError, match=f"KV cache holds {CONTEXT} tokens, and {CONTEXT + 1} are needed"):
+            cache.place()
+
+
 def test_last_only_without_a_cache() -> None:
     gpt, x = model(GPT2), ids()
     torch.testing.assert_close(gpt(x, last_only=True), gpt(x)[:, -1:], rtol=1e-12, atol=1e-12)
@@ -346,6 +368,21 @@ def test_made_on_the_meta_device_and_loaded(position: str) -> None:
     model.load_state_dict(source.state_dict())
     ids = torch.randint(0, config.vocab_size, (1, 9))
     assert torch.equal(model(ids), source(ids))
+
+
+@each_family
+def test_matrices_in_the_compute_dtype_change_no_bit(shape: Config) -> None:
+    gpt, x, cached = model(shape, torch.bfloat16), ids(), []
+    logits, loss = gpt(x), gpt.loss(x, x)
+    for cast in (False, True):
+        if cast:
+            gpt.cast_matrices()
+        cache = KVCache(shape, 2, CONTEXT, torch.device("cpu"), torch.bfloat16)
+        cached.append(torch.cat([gpt(piece, cache) for piece in x.split([7, 1, 4], dim=1)], 1))
+    assert torch.equal(gpt(x), logits) and torch.equal(gpt.loss(x, x), loss) and torch.equal(*cached)
+    kept = {p.dim(): p.dtype for p in gpt.parameters()}
+    assert kept == {1: torch.float32, 2: torch.bfloat16}
+    assert {p.dtype for p in gpt.parameters() if p.dim() == 1} == {torch.float32}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

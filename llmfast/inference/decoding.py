@@ -1,0 +1,75 @@
+"""A model that reads tokens into a key-value cache; on a GPU it reads a single one by replaying a CUDA graph, which
+costs the host one launch in place of hundreds."""
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..models import GPT, DeviceKVCache, KVCache
+
+# Single tokens that are read before the graph is recorded. In these passes kernels compile and libraries take their
+# memory; and recording takes the host about as long as some of them, so that a shorter answer would not repay it.
+EAGER = 8
+
+
+class Decoder:
+    """A model and a cache for its whole context, for one sequence at a time.
+
+    `decoder(ids)` reads ids after those read since `begin` and gives the logits (1, V) of the next token, which the
+    next call may overwrite. InputError where the context cannot hold them.
+
+    On a GPU the forward pass of one token is recorded as a CUDA graph, whose every tensor stays where it is: the token
+    and its position are written into it from the host before each replay, after any prompt. The results are those of
+    the eager pass. A model that has not `Config.plain_attention` is never recorded: each kernel is launched from the
+    host, and only the speed differs.
+    """
+
+    def __init__(self, model: GPT) -> None:
+        config, weight = model.config, model.token_embedding.weight
+        self.model = model
+        kind = DeviceKVCache if weight.is_cuda and config.plain_attention else KVCache
+        self.cache = kind(config, 1, config.context_length, weight.device, model.compute_dtype)
+        self.n_begun = 0
+        self._token = torch.zeros(1, 1, device=weight.device, dtype=torch.int64)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._n_single = 0
+        self._recorded: tuple[object, ...] = ()
+
+    def begin(self) -> int:
+        """Begin another sequence, whose number is returned; `n_begun` is that of the last one.
+
+        A graph calls the kernels of the backend, and reads the parameters where they lay, of the time it was recorded:
+        where either has changed, another one is recorded.
+        """
+        self.cache.length = 0
+        self.n_begun += 1
+        recorded = ops.current_backend(), *(parameter.data_ptr() for parameter in self.model.parameters())
+        if recorded != self._recorded:
+            self._graph, self._n_single, self._recorded = None, 0, recorded
+        return self.n_begun
+
+    @torch.inference_mode()
+    def __call__(self, ids: list[int]) -> Tensor:
+        if len(ids) > 1 or not isinstance(self.cache, DeviceKVCache):
+            return self._read(torch.tensor([ids], device=self._token.device))
+        self._token.fill_(ids[0])
+        self.cache.place()
+        self._n_single += 1
+        if self._n_single <= EAGER:
+            return self._read(self._token)
+        if self._graph is None:
+            self._graph = self._record()
+        self._graph.replay()
+        self.cache.advance(1)
+        return self._logits
+
+    def _read(self, ids: Tensor) -> Tensor:
+        return self.model(ids, self.cache, last_only=True)[:, -1]
+
+    def _record(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        # A stream of the model's device, which need not be the current one.
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(self._token.device)):
+            self._logits = self._read(self._token)
+        self.cache.length -= 1  # recording computes nothing, so the token is not held yet
+        return graph
