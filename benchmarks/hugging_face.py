@@ -132,25 +132,35 @@ def train(model: Any, batches: list[Tensor], device: torch.device) -> dict[str, 
     }
 
 
-def generate(model: Any, prompt: Tensor, new: int, device: torch.device) -> dict[str, Any]:
-    """Greedy tokens over a dynamic cache. The prompt's share of the time is that of asking for a single token."""
+Run = Callable[[int], list[list[int]]]  # so many tokens -> the new ones of each row
+
+
+def greedy(model: Any, prompt: Tensor, **options: Any) -> Run:
+    """The likeliest tokens after a prompt (rows, T) as transformers generates them, over a dynamic cache by default."""
     model.eval()
+    options |= {"attention_mask": torch.ones_like(prompt), "do_sample": False}
+    return lambda n: model.generate(prompt, max_new_tokens=n, **options)[:, prompt.shape[1] :].tolist()
 
-    def run(n: int) -> Tensor:
-        mask = torch.ones_like(prompt)
-        return model.generate(prompt, attention_mask=mask, max_new_tokens=n, do_sample=False)[:, prompt.shape[1] :]
 
-    run(2)
+def generate(run: Run, new: int, device: torch.device) -> dict[str, Any]:
+    """The prompt's share of the time is that of asking for a single token."""
+    rows = len(run(new))
     first = statistics.median(timed(lambda: run(1), device)[0] for _ in range(3))
     times, made = zip(*(timed(lambda: run(new), device) for _ in range(3)), strict=True)
     seconds = statistics.median(times)
     return {
         "ms_to_first_token": first * 1e3,
         "ms_per_token": (seconds - first) / (new - 1) * 1e3,
-        "tokens_per_s": prompt.shape[0] * (new - 1) / (seconds - first),
+        "tokens_per_s": rows * (new - 1) / (seconds - first),
         "peak_bytes": peak_bytes(device),
-        "tokens": made[0].tolist(),
+        "tokens": made[0],
     }
+
+
+def same_tokens(run: dict[str, Any], other: dict[str, Any]) -> float:
+    """The share of tokens in which two results of `generate` agree."""
+    pairs = zip(run["tokens"], other["tokens"], strict=True)
+    return statistics.mean(a == b for row, first in pairs for a, b in zip(row, first, strict=True))
 
 
 def measure(name: str, options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -166,7 +176,7 @@ def measure(name: str, options: argparse.Namespace, device: torch.device, dtype:
         return {"name": name, "error": f"not importable: {error}"}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    generating = generate(model, prompt, options.new, device)  # before training changes the weights
+    generating = generate(greedy(model, prompt), options.new, device)  # before training changes the weights
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -185,11 +195,6 @@ def show(record: dict[str, Any], console: Console) -> None:
             table.add_row(run["name"], run["error"])
             continue
         training, generating = run["training"], run["generating"]
-        same = [
-            a == b
-            for row, first in zip(generating["tokens"], record["runs"][0]["generating"]["tokens"], strict=True)
-            for a, b in zip(row, first, strict=True)
-        ]
         table.add_row(
             run["name"],
             f"{training['ms']:.1f}",
@@ -200,7 +205,7 @@ def show(record: dict[str, Any], console: Console) -> None:
             f"{generating['ms_per_token']:.2f}",
             f"{generating['tokens_per_s']:,.0f}",
             gigabytes(generating),
-            f"{statistics.mean(same):.0%}",
+            f"{same_tokens(generating, record['runs'][0]['generating']):.0%}",
         )
     console.print(table)
 

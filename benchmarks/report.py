@@ -139,6 +139,19 @@ def hugging_face(record: dict[str, Any]) -> list[str]:
     return lines
 
 
+def generating(record: dict[str, Any]) -> list[str]:
+    """Our engine and transformers' own, decoding one sequence of the same model."""
+    heads = ["ms to first token", "ms a token", "tokens/s", "of copy bandwidth", "peak GB", "same tokens"]
+    lines = [line("", heads), f"|---|{'---:|' * len(heads)}"]
+    for run in record["runs"]:
+        if "error" not in run:
+            made = run["generating"]
+            times = [f"{made['ms_to_first_token']:.1f}", f"{made['ms_per_token']:.3f}", f"{made['tokens_per_s']:,.0f}"]
+            shares = [f"{made['bandwidth_share']:.0%}", f"{made['peak_bytes'] / 1e9:.1f}", f"{made['same_tokens']:.0%}"]
+            lines.append(line(run["name"], [*times, *shares]))
+    return lines
+
+
 def jobs(stem: str, record: dict[str, Any]) -> list[str]:
     """The file's lines of the table of whole jobs: tokens a second and peak memory, ours beside each peer's."""
     size = f"{record.get('batch_size')} x {record.get('context')} tokens"
@@ -152,6 +165,10 @@ def jobs(stem: str, record: dict[str, Any]) -> list[str]:
             "training": f"{record['model']} trains, {size}",
             "generating": f"{record['model']} generates, {record['rows']} rows after {record['prompt']} tokens",
         }
+        runs = {run["name"]: run for run in record["runs"] if "error" not in run}
+    elif stem.startswith("generate-"):
+        order = ["llmfast", "transformers", "transformers, static"]
+        parts = {"generating": f"{record['model']} generates, 1 row after {record['prompt']} tokens"}
         runs = {run["name"]: run for run in record["runs"] if "error" not in run}
     else:
         return []
@@ -179,6 +196,9 @@ def special(stem: str, record: dict[str, Any]) -> tuple[str, list[str]] | None:
         return f"{model}: training, {size}, and generating {record['rows']} rows after {record['prompt']}, {on}", (
             hugging_face(record)
         )
+    if stem.startswith("generate-"):
+        what = f"{record['new']} tokens after {record['prompt']}, beside transformers {record['transformers']}"
+        return f"{record['model']} generating {what}, {on}", generating(record)
     if stem.startswith("curves-"):
         what = f"mean loss of the last {record['last']} of {record['steps']} steps"
         return f"{what}, {record['preset']}, {size}, {on}", curves(record)
