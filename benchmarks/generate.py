@@ -4,7 +4,7 @@ python benchmarks/generate.py --json generate-llama.json
 python benchmarks/generate.py --model gpt2 --json generate-gpt2.json
 python benchmarks/generate.py --device cpu --tiny
 
-Ours: prompt and all, with a Decoder that earlier calls have recorded. transformers: scaled_dot_product_attention over
+Ours: by a CUDA graph that earlier calls have recorded, and without one. transformers: scaled_dot_product_attention over
 its dynamic cache, and over its static one, whose decoding it compiles on a GPU. A token reads every weight, but for
 embeddings that are looked up, and the keys and values so far; the share is of the bytes/s of a large copy.
 """
@@ -48,11 +48,11 @@ def write_model(folder: Path, family: str, shape: dict[str, Any], device: torch.
     model.to(dtype).save_pretrained(folder)
 
 
-def ours(folder: Path, prompt: Tensor, dtype: torch.dtype) -> Run:
+def ours(folder: Path, prompt: Tensor, dtype: torch.dtype, **options: Any) -> Run:
     """As a run's model is loaded: matrices in the dtype that it computes in."""
     model = from_pretrained(folder, compute_dtype=dtype)
     model.cast_matrices()
-    decoder, ids = inference.Decoder(model.to(prompt.device)), prompt[0].tolist()
+    decoder, ids = inference.Decoder(model.to(prompt.device), **options), prompt[0].tolist()
     return lambda n: [list(inference.generate(decoder, ids, n, temperature=0.0))]
 
 
@@ -66,6 +66,7 @@ def theirs(folder: Path, prompt: Tensor, dtype: torch.dtype, **options: Any) -> 
 # In this order: what PyTorch's compiler holds is not given back.
 CONTENDERS: dict[str, Callable[..., Run]] = {
     "llmfast": ours,
+    "llmfast, no graph": partial(ours, cuda_graph=False),
     "transformers": theirs,
     "transformers, static": partial(theirs, cache_implementation="static"),
 }

@@ -1,6 +1,8 @@
 """A model that reads tokens into a key-value cache; on a GPU it reads a single one by replaying a CUDA graph, which
 costs the host one launch in place of hundreds."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -12,22 +14,29 @@ from ..models import GPT, DeviceKVCache, KVCache
 EAGER = 8
 
 
+@functools.cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """Of the model's device, which need not be the current one; and one for all graphs, as matrix products keep a
+    workspace for every stream that they were ever called on."""
+    return torch.cuda.Stream(device)
+
+
 class Decoder:
-    """A model and a cache for its whole context, for one sequence at a time.
+    """A model, in eval mode, and a cache for its whole context, for one sequence at a time.
 
     `decoder(ids)` reads ids after those read since `begin` and gives the logits (1, V) of the next token, which the
     next call may overwrite. InputError where the context cannot hold them.
 
     On a GPU the forward pass of one token is recorded as a CUDA graph, whose every tensor stays where it is: the token
     and its position are written into it from the host before each replay, after any prompt. The results are those of
-    the eager pass. A model that has not `Config.plain_attention` is never recorded: each kernel is launched from the
-    host, and only the speed differs.
+    the eager pass, but Python, hooks of modules among it, no longer runs. Without `cuda_graph`, and for a model that
+    has not `Config.plain_attention`, nothing is recorded, and each kernel is launched from the host.
     """
 
-    def __init__(self, model: GPT) -> None:
+    def __init__(self, model: GPT, cuda_graph: bool = True) -> None:
         config, weight = model.config, model.token_embedding.weight
         self.model = model
-        kind = DeviceKVCache if weight.is_cuda and config.plain_attention else KVCache
+        kind = DeviceKVCache if cuda_graph and weight.is_cuda and config.plain_attention else KVCache
         self.cache = kind(config, 1, config.context_length, weight.device, model.compute_dtype)
         self.n_begun = 0
         self._token = torch.zeros(1, 1, device=weight.device, dtype=torch.int64)
@@ -68,8 +77,7 @@ class Decoder:
 
     def _record(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        # A stream of the model's device, which need not be the current one.
-        with torch.cuda.graph(graph, stream=torch.cuda.Stream(self._token.device)):
+        with torch.cuda.graph(graph, stream=_recording_stream(self._token.device)):
             self._logits = self._read(self._token)
         self.cache.length -= 1  # recording computes nothing, so the token is not held yet
         return graph

@@ -198,6 +198,7 @@ def test_positions_on_the_device_are_those_on_the_host(shape: Config) -> None:
     full, cache = gpt(x), DeviceKVCache(shape, 2, CONTEXT, torch.device("cpu"), torch.float64)
     cache.keys.fill_(float("nan"))
     cache.values.fill_(float("nan"))
+    cache._device_lengths(5)  # as a short prompt has it on a GPU
     with torch.no_grad():
         torch.testing.assert_close(gpt(x[:, :5], cache), full[:, :5], rtol=1e-12, atol=1e-12)
         for t in range(5, CONTEXT):
@@ -206,6 +207,7 @@ def test_positions_on_the_device_are_those_on_the_host(shape: Config) -> None:
             torch.testing.assert_close(gpt(x[:, t : t + 1], cache), full[:, t : t + 1], rtol=1e-12, atol=1e-12)
             assert cache.length == 3
             cache.length = t + 1
+        assert cache._device_lengths(5).tolist() == [5, 5]
         cache.length = 3  # back to an earlier token, and a few at once over what was there
         torch.testing.assert_close(gpt(x[:, 3:6], cache), full[:, 3:6], rtol=1e-12, atol=1e-12)
         cache.length = CONTEXT
