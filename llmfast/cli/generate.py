@@ -9,7 +9,6 @@ import typer
 
 from .. import hardware, inference, ops
 from ..errors import InputError
-from ..inference import Decoder
 from ..models import GPT
 from ..tokenizers import AnyTokenizer, PretrainedTokenizer
 from .runs import load_model, run_folder
@@ -61,7 +60,7 @@ def chat(
         model, tokenizer = load_model(folder, where, hardware.compute_dtype(where), _warn)
         if not isinstance(tokenizer, PretrainedTokenizer):
             raise InputError(f"{folder}: was trained on texts, not on conversations; use: llmfast generate {folder}")
-        decoder = Decoder(model)  # kept from one answer to the next
+        decoder = inference.Decoder(model)  # kept from one answer to the next
         messages = [{"role": "system", "content": system}] if system is not None else []
         for said in _messages() if message is None else [message]:
             messages.append({"role": "user", "content": said})
@@ -91,7 +90,7 @@ def stream(
 
 
 def _continue(
-    model: GPT | Decoder,
+    model: GPT | inference.Decoder,
     tokenizer: AnyTokenizer,
     ids: list[int],
     max_tokens: int,
