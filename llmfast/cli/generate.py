@@ -19,6 +19,7 @@ TopK = Annotated[int | None, typer.Option(help="Choose among this many likeliest
 TopP = Annotated[float | None, typer.Option(help="Choose among the fewest tokens of this probability.")]
 Seed = Annotated[int, typer.Option(help="Of the sampling.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:<number>.")]
+CudaGraph = Annotated[bool, typer.Option("--cuda-graph", help="Replay a GPU's pass over a token as one graph.")]
 Backend = Annotated[str | None, typer.Option(help="Kernel backend: auto, reference, triton.")]
 
 
@@ -31,13 +32,14 @@ def generate(
     top_p: TopP = None,
     seed: Seed = 0,
     device: Device = None,
+    cuda_graph: CudaGraph = False,
     backend: Backend = None,
 ) -> None:
     """Continue a text with a trained model."""
     where = hardware.device(device)
     with ops.use_backend(backend or ops.current_backend()):
         model, tokenizer = load_model(run_folder(run), where, hardware.compute_dtype(where), _warn)
-        stream(model, tokenizer, prompt, max_tokens, temperature, top_k, top_p, seed)
+        stream(inference.Decoder(model, cuda_graph), tokenizer, prompt, max_tokens, temperature, top_k, top_p, seed)
 
 
 def chat(
@@ -52,6 +54,7 @@ def chat(
     top_p: TopP = None,
     seed: Seed = 0,
     device: Device = None,
+    cuda_graph: CudaGraph = False,
     backend: Backend = None,
 ) -> None:
     """Talk with an imported model that has a chat template; an empty line or the end of input ends it."""
@@ -60,7 +63,7 @@ def chat(
         model, tokenizer = load_model(folder, where, hardware.compute_dtype(where), _warn)
         if not isinstance(tokenizer, PretrainedTokenizer):
             raise InputError(f"{folder}: was trained on texts, not on conversations; use: llmfast generate {folder}")
-        decoder = inference.Decoder(model)  # kept from one answer to the next
+        decoder = inference.Decoder(model, cuda_graph)  # kept from one answer to the next
         messages = [{"role": "system", "content": system}] if system is not None else []
         for said in _messages() if message is None else [message]:
             messages.append({"role": "user", "content": said})
@@ -71,7 +74,7 @@ def chat(
 
 
 def stream(
-    model: GPT,
+    model: GPT | inference.Decoder,
     tokenizer: AnyTokenizer,
     prompt: str,
     max_tokens: int,

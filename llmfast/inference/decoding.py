@@ -1,4 +1,4 @@
-"""A model that reads tokens into a key-value cache; on a GPU it reads a single one by replaying a CUDA graph, which
+"""A model that reads tokens into a key-value cache; on a GPU it can read a single one by replaying a CUDA graph, which
 costs the host one launch in place of hundreds."""
 
 import functools
@@ -27,13 +27,13 @@ class Decoder:
     `decoder(ids)` reads ids after those read since `begin` and gives the logits (1, V) of the next token, which the
     next call may overwrite. InputError where the context cannot hold them.
 
-    On a GPU the forward pass of one token is recorded as a CUDA graph, whose every tensor stays where it is: the token
-    and its position are written into it from the host before each replay, after any prompt. The results are those of
-    the eager pass, but Python, hooks of modules among it, no longer runs. Without `cuda_graph`, and for a model that
-    has not `Config.plain_attention`, nothing is recorded, and each kernel is launched from the host.
+    With `cuda_graph`, on a GPU, the forward pass of one token is recorded as a CUDA graph, whose every tensor stays
+    where it is: the token and its position are written into it from the host before each replay, after any prompt. The
+    results are those of the eager pass, but Python, hooks of modules among it, no longer runs. A model that has not
+    `Config.plain_attention` is never recorded: each of its kernels is launched from the host.
     """
 
-    def __init__(self, model: GPT, cuda_graph: bool = True) -> None:
+    def __init__(self, model: GPT, cuda_graph: bool = False) -> None:
         config, weight = model.config, model.token_embedding.weight
         self.model = model
         kind = DeviceKVCache if cuda_graph and weight.is_cuda and config.plain_attention else KVCache

@@ -23,8 +23,8 @@ def generate(
 ) -> Iterator[int]:
     """Yield up to `max_new_tokens` ids that continue `prompt_ids`, ending before the first of `stop_ids`.
 
-    A `Decoder` of a model keeps its cache, and on a GPU its CUDA graph, for the next call. It continues one prompt at a
-    time: where a later call has begun, the earlier one raises InputError. A model gets a Decoder of its own.
+    A `Decoder` of a model keeps its cache, and any CUDA graph, for the next call. It continues one prompt at a time:
+    where a later call has begun, the earlier one raises InputError. A model gets a Decoder of its own.
 
     The prompt has 1 to `context_length` ids of the vocabulary, else InputError. When the context is full, the cache is
     rebuilt from the last half of it: later tokens see between context_length / 2 and context_length tokens. The model

@@ -73,7 +73,7 @@ def recorder(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Deco
 
 def decoder_of(model: GPT) -> Decoder:
     """One that records, on a CPU too."""
-    decoder = Decoder(model)
+    decoder = Decoder(model, cuda_graph=True)
     if model.config.plain_attention:
         cache = decoder.cache
         decoder.cache = DeviceKVCache(model.config, 1, cache.capacity, cache.keys.device, cache.keys.dtype)
@@ -126,7 +126,7 @@ def test_tokens_are_those_of_passes_one_by_one(
     decoder = decoder_of(model)
     got = [list(generate(decoder, ids, n, **options)) for ids in prompts]
     assert len(recorder) == 1
-    eager = Decoder(model, cuda_graph=False)
+    eager = Decoder(model)
     assert got[:3] == [list(generate(eager, ids, n, **options)) for ids in prompts[:3]]
     assert got[0] == got[3] != got[1] and len(set(got[0])) > 1
     assert len(recorder) == 1
@@ -139,9 +139,7 @@ def test_two_models_take_turns(device: str, recorder: list[Decoder]) -> None:
     got = list(zip(*turns, strict=True))
     assert recorder == decoders
     for i, model in enumerate(models):
-        assert [pair[i] for pair in got] == list(
-            generate(Decoder(model, cuda_graph=False), prompt(5), 35, temperature=0.0)
-        )
+        assert [pair[i] for pair in got] == list(generate(Decoder(model), prompt(5), 35, temperature=0.0))
 
 
 def test_weights_changed_in_place_are_seen_and_others_recorded(device: str, recorder: list[Decoder]) -> None:
@@ -152,7 +150,7 @@ def test_weights_changed_in_place_are_seen_and_others_recorded(device: str, reco
         model.blocks[1].mlp.down.weight.mul_(-1.0)  # pyright: ignore
     after = list(generate(decoder, prompt(3), 14, temperature=0.0))
     assert len(recorder) == 1 and after != before
-    assert after == list(generate(Decoder(model, cuda_graph=False), prompt(3), 14, temperature=0.0))
+    assert after == list(generate(Decoder(model), prompt(3), 14, temperature=0.0))
     weight = model.token_embedding.weight
     weight.data = weight.data.flip(0)
     moved = list(generate(decoder, prompt(3), 14, temperature=0.0))
@@ -170,13 +168,13 @@ def test_a_short_answer_is_not_recorded(device: str, recorder: list[Decoder]) ->
 
 def test_layers_with_a_window_are_never_recorded(device: str, recorder: list[Decoder]) -> None:
     model = make(WINDOWED, device)
-    decoder = Decoder(model)
+    decoder = Decoder(model, cuda_graph=True)
     assert type(decoder.cache) is KVCache and not WINDOWED.plain_attention
     assert len(list(generate(decoder, prompt(3), 14))) == 14 and recorder == []
 
 
 def test_a_decoder_continues_one_prompt_at_a_time(device: str) -> None:
-    decoder = Decoder(make(SHAPES["gpt2"], device))
+    decoder = Decoder(make(SHAPES["gpt2"], device), cuda_graph=True)
     first, second = (generate(decoder, prompt(n), 5) for n in (3, 4))
     next(first)
     next(second)
@@ -186,11 +184,11 @@ def test_a_decoder_continues_one_prompt_at_a_time(device: str) -> None:
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_a_model_is_recorded_by_itself(recorder: list[Decoder]) -> None:
+def test_only_who_asks_for_a_graph_gets_one(recorder: list[Decoder]) -> None:
     model = make(SHAPES["llama"], "cuda")
-    assert len(list(generate(model, prompt(3), 40))) == 40
+    assert len(list(generate(model, prompt(3), 40))) == 40 and recorder == []
+    assert len(list(generate(Decoder(model, cuda_graph=True), prompt(3), 40))) == 40
     assert len(recorder) == 1 and isinstance(recorder[0].cache, DeviceKVCache)
-    assert recorder[0].model is model
 
 
 @pytest.mark.gpu
@@ -198,7 +196,7 @@ def test_on_a_gpu_a_model_is_recorded_by_itself(recorder: list[Decoder]) -> None
 def test_replays_wait_for_nothing_on_the_host(backend: str) -> None:
     """Between the id and the logits nothing is read back, recorded or launched one by one."""
     with ops.use_backend(backend):
-        decoder = Decoder(make(SHAPES["llama"], "cuda"))
+        decoder = Decoder(make(SHAPES["llama"], "cuda"), cuda_graph=True)
         decoded(decoder, prompt(CONTEXT), 3)
         decoder.begin()
         decoder(prompt(5))
@@ -214,6 +212,7 @@ def test_replays_wait_for_nothing_on_the_host(backend: str) -> None:
 def test_another_model_in_other_dtypes(recorder: list[Decoder]) -> None:
     """Weights in float32, which are cast inside the graph, give the same tokens."""
     model = make(SHAPES["qwen"], "cuda")
-    expected = list(generate(model, prompt(6), 60, temperature=0.0))
-    assert list(generate(model.float(), prompt(6), 60, temperature=0.0)) == expected
+    expected = list(generate(Decoder(model, cuda_graph=True), prompt(6), 60, temperature=0.0))
+    model.float()
+    assert list(generate(Decoder(model, cuda_graph=True), prompt(6), 60, temperature=0.0)) == expected
     assert len(recorder) == 2
