@@ -30,6 +30,7 @@ source_hash = runpy.run_path(str(ROOT / "llmfast/native/sources.py"))["source_ha
 
 # No -ffast-math, at link least of all: it would flush denormals to zero in the whole process.
 CXX_FLAGS = "-O2 -g0 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra"
+UNROLLING = "-O3 -fno-gcse-after-reload -fno-tree-partial-pre"  # but for passes that cost time and win none here
 NVCC_FLAGS = "-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden"
 # The instruction sets that the CPU kernels are compiled for; one is chosen at run time.
 VARIANTS = {"baseline": ""}
@@ -99,7 +100,7 @@ def ninja_file(name: str, folder: Path, compiler: str) -> str:
         for variant, flags in reversed(VARIANTS.items()):  # what takes longest first
             flags = f"-DLLMFAST_VARIANT={variant} {flags}"
             if variant != "avx512_bf16":  # its other kernels are avx512's; -O3 unrolls loops over a few rows
-                compile("cxx", CSRC / "cpu/variant.cpp", f"-O3 {flags}", f"-{variant}")
+                compile("cxx", CSRC / "cpu/variant.cpp", f"{UNROLLING} {flags}", f"-{variant}")
             compile("cxx", CSRC / "cpu/attention_variant.cpp", flags, f"-{variant}")
     else:
         nvcc = find_nvcc()

@@ -42,21 +42,21 @@ AttentionFwd check_inputs(const char* op, const Tensor& q, const Tensor& k, cons
 std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, bool causal, double scale,
                                          bool statistics) {
   AttentionFwd a = check_inputs("attention_fwd", q, k, v, causal, scale);
-  const int dtype = index_of(q.dtype());
+  const AttentionKernels& kernels = attention_kernels(index_of(q.dtype()));
   Tensor out = empty_like(q);
   Tensor saved = statistics ? empty_float32({2, a.batch, a.heads, a.queries}, q) : empty_float32({0}, q);
   if (q.numel() == 0) return {std::move(out), std::move(saved)};
   a.out = out.data();
   a.statistics = statistics ? saved.data<float>() : nullptr;
   if (!attention_is_decode(a)) {
-    parallel(attention_kernels().fwd.kernel[dtype], a, attention_items(a), kGrain);
+    parallel(kernels.fwd, a, attention_items(a), kGrain);
     return {std::move(out), std::move(saved)};
   }
   Tensor workspace = empty_float32({attention_workspace(a)}, q);
   const AttentionDecode decode{a, workspace.data<float>()};
-  parallel(attention_kernels().decode.kernel[dtype], decode, attention_decode_items(a), kGrain);
+  parallel(kernels.decode, decode, attention_decode_items(a), kGrain);
   if (attention_splits(a) > 1)
-    parallel(attention_kernels().decode_combine.kernel[dtype], decode, a.batch * a.kv_heads,
+    parallel(kernels.decode_combine, decode, a.batch * a.kv_heads,
              attention_rows(a) * attention_splits(a) * a.head_dim);
   return {std::move(out), std::move(saved)};
 }
@@ -92,10 +92,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout, const Tenso
   a.splits = attention_bwd_splits(a.batch, a.kv_heads, a.keys, threads());
   Tensor partial = empty_float32({a.splits > 1 ? a.splits : 0, a.batch, a.queries, a.heads, a.head_dim}, q);
   a.partial_dq = a.splits > 1 ? partial.data<float>() : nullptr;
-  const int dtype = index_of(q.dtype());
-  if (a.batch > 0) parallel(attention_kernels().bwd.kernel[dtype], a, attention_bwd_items(a), kGrain);
-  if (a.splits > 1)
-    parallel(attention_kernels().bwd_combine.kernel[dtype], a, a.batch * a.queries * a.heads, a.head_dim * a.splits);
+  const AttentionKernels& kernels = attention_kernels(index_of(q.dtype()));
+  if (a.batch > 0) parallel(kernels.bwd, a, attention_bwd_items(a), kGrain);
+  if (a.splits > 1) parallel(kernels.bwd_combine, a, a.batch * a.queries * a.heads, a.head_dim * a.splits);
   return {std::move(dq), std::move(dk), std::move(dv)};
 }
 

@@ -3,18 +3,15 @@
 #include "attention_bwd.h"
 #include "attention_decode.h"
 
-#define BY_DTYPE(function)                \
-  {                                       \
-    {                                     \
-      function<float>, function<BFloat16> \
-    }                                     \
-  }
-
 namespace llmfast::cpu::LLMFAST_VARIANT {
 
-extern const AttentionKernels attention_table = {
-    BY_DTYPE(attention_fwd),    BY_DTYPE(attention_bwd),     BY_DTYPE(attention_bwd_combine),
-    BY_DTYPE(attention_decode), BY_DTYPE(attention_combine),
-};
+template <class T>
+constexpr AttentionKernels table_of = {attention_fwd<T>, attention_bwd<T>, attention_bwd_combine<T>,
+                                       attention_decode<T>, attention_combine<T>};
+
+#if !defined(__AVX512BF16__)  // which float32 has no use for
+extern const AttentionKernels attention_float32 = table_of<float>;
+#endif
+extern const AttentionKernels attention_bfloat16 = table_of<BFloat16>;
 
 }  // namespace llmfast::cpu::LLMFAST_VARIANT

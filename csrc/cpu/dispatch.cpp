@@ -9,15 +9,15 @@ namespace {
 struct Variant {
   const char* name;
   const Kernels* kernels;
-  const AttentionKernels* attention;
+  const AttentionKernels* attention[2];
 };
 
 }  // namespace
 
-#define LLMFAST_DECLARE(name)                    \
-  namespace name {                               \
-  extern const Kernels table;                    \
-  extern const AttentionKernels attention_table; \
+#define LLMFAST_DECLARE(name)                                          \
+  namespace name {                                                     \
+  extern const Kernels table;                                          \
+  extern const AttentionKernels attention_float32, attention_bfloat16; \
   }
 
 // The slowest first.
@@ -27,13 +27,15 @@ LLMFAST_DECLARE(avx2)
 LLMFAST_DECLARE(avx512)
 LLMFAST_DECLARE(avx512_bf16)
 static const Variant kVariants[] = {
-    {"baseline", &baseline::table, &baseline::attention_table},
-    {"avx2", &avx2::table, &avx2::attention_table},
-    {"avx512", &avx512::table, &avx512::attention_table},
-    {"avx512_bf16", &avx512::table, &avx512_bf16::attention_table},  // only matrix products have bfloat16 instructions
+    {"baseline", &baseline::table, {&baseline::attention_float32, &baseline::attention_bfloat16}},
+    {"avx2", &avx2::table, {&avx2::attention_float32, &avx2::attention_bfloat16}},
+    {"avx512", &avx512::table, {&avx512::attention_float32, &avx512::attention_bfloat16}},
+    // Only matrix products have bfloat16 instructions.
+    {"avx512_bf16", &avx512::table, {&avx512::attention_float32, &avx512_bf16::attention_bfloat16}},
 };
 #else  // NEON is the baseline of 64-bit Arm
-static const Variant kVariants[] = {{"baseline", &baseline::table, &baseline::attention_table}};
+static const Variant kVariants[] = {
+    {"baseline", &baseline::table, {&baseline::attention_float32, &baseline::attention_bfloat16}}};
 #endif
 
 static bool runs_here(const char* name) {
@@ -59,7 +61,7 @@ static const Variant* best() {
 static const Variant* selected = best();
 
 const Kernels& kernels() { return *selected->kernels; }
-const AttentionKernels& attention_kernels() { return *selected->attention; }
+const AttentionKernels& attention_kernels(int dtype) { return *selected->attention[dtype]; }
 const char* variant_name() { return selected->name; }
 
 bool select_variant(const char* name) {

@@ -165,15 +165,16 @@ struct Kernels {
   Kernel<ColumnSum> column_sum;
 };
 
+// Of one dtype.
 struct AttentionKernels {
-  ByDtype<AttentionFwd> fwd;
-  ByDtype<AttentionBwd> bwd, bwd_combine;
-  ByDtype<AttentionDecode> decode, decode_combine;
+  Kernel<AttentionFwd> fwd;
+  Kernel<AttentionBwd> bwd, bwd_combine;
+  Kernel<AttentionDecode> decode, decode_combine;
 };
 
 // The tables for this CPU, or for the instruction set that `select_variant` has named.
 const Kernels& kernels();
-const AttentionKernels& attention_kernels();
+const AttentionKernels& attention_kernels(int dtype);
 const char* variant_name();
 
 // Returns false if this CPU, or this build, does not have the instruction set `name`.
