@@ -185,7 +185,9 @@ def _in_order(
 def _tried(op: str, direction: Direction, args: tuple[Any, ...]) -> list[Backend]:
     x = _first(args)
     length = x.shape[-1] if x.dim() else 1
-    return _in_order(op, direction, BACKENDS[op], x.device.type, length, x.numel() <= SMALL)
+    # A size that torch.compile keeps open cannot be hashed; compared, it only adds a guard.
+    in_order = _in_order if type(length) is int else _in_order.__wrapped__
+    return in_order(op, direction, BACKENDS[op], x.device.type, length, bool(x.numel() <= SMALL))
 
 
 @functools.cache
