@@ -109,7 +109,7 @@ def _plan(
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors as autocast would give them to PyTorch's function."""
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # which refuses to be asked of meta
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(t if t.dtype is torch.float64 else t.to(dtype) for t in tensors)
@@ -127,7 +127,7 @@ def _why_not(
     """Why none of our ops means the same; None if one does."""
     if attn_mask is not None:
         return "attn_mask is given"
-    if dropout_p > 0.0:
+    if dropout_p != 0.0:
         return "dropout_p is not 0"
     if query.is_nested or key.is_nested or value.is_nested or not query.dim() == key.dim() == value.dim() == 4:
         return "a tensor is nested or has other than 4 dimensions"

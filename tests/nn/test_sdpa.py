@@ -110,10 +110,18 @@ def test_autocast_casts_as_pytorch_does() -> None:
     torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
 
 
-def test_pytorchs_errors_stay() -> None:
+@pytest.mark.parametrize(("kv", "options"), [((2, 3, 9, 16), {}), (None, {"dropout_p": -0.5})])
+def test_pytorchs_errors_stay(kv: tuple[int, ...] | None, options: dict[str, Any]) -> None:
     with pytest.raises(RuntimeError), warnings.catch_warnings():
         warnings.simplefilter("ignore", ops.BackendFallbackWarning)
-        sdpa(*tensors((2, 4, 9, 16), (2, 3, 9, 16)))
+        sdpa(*tensors((2, 4, 9, 16), kv), **options)
+
+
+def test_tensors_without_data_have_shapes() -> None:
+    """Of the device meta, which torch.is_autocast_enabled refuses."""
+    q, k, v = tensors(device="meta")
+    with pytest.warns(ops.BackendFallbackWarning, match="not on meta"):
+        assert sdpa(q, k, v, is_causal=True).shape == q.shape
 
 
 @pytest.mark.slow
