@@ -73,11 +73,13 @@ class PretrainedTokenizer:
 
     @cached_property
     def eot_id(self) -> int:
-        """What ends a document: eos_token, else `<|endoftext|>`, else one of `stop_ids`; InputError without any."""
+        """What ends a document: eos_token, else `<|endoftext|>`, else one of `stop_ids`, of which a model may name some
+        that the tokenizer has not; InputError without any."""
         end = _end_id(self._backend, self._special)
-        if end is None and not self.stop_ids:
+        ends = self.stop_ids.intersection(self._backend.get_vocab().values())
+        if end is None and not ends:
             raise InputError("the tokenizer has nothing to end a text; give its eos_token in tokenizer_config.json")
-        return min(self.stop_ids) if end is None else end
+        return min(ends) if end is None else end
 
     @cached_property
     def fingerprint(self) -> str:

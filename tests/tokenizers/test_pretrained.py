@@ -187,6 +187,12 @@ def test_what_ends_a_document(tmp_path: Path) -> None:
     ours = PretrainedTokenizer.load(folder_of(tmp_path, eos_token="<|start|>"))
     assert ours.eot_id == 2 and ours.stop_ids == {1, 2, 3} and ours.start_ids == (0,)
     assert PretrainedTokenizer.load(folder_of(tmp_path, eos_token=None)).eot_id == 1
+    generation = folder_of(tmp_path, eos_token=None) / "generation_config.json"
+    generation.write_text(json.dumps({"eos_token_id": [-1, 3, 10**6]}))
+    assert PretrainedTokenizer.load(tmp_path).eot_id == 3  # the others are no tokens of the tokenizer
+    generation.write_text(json.dumps({"eos_token_id": -1}))
+    with pytest.raises(InputError, match="nothing to end a text"):
+        assert PretrainedTokenizer.load(tmp_path).eot_id
     assert PretrainedTokenizer.load(folder_of(tmp_path, bos_token=None, eos_token="<s>")).start_ids == ()
     made = backend("bytes", True)
     made.add_special_tokens(["<|endoftext|>"])
