@@ -38,7 +38,7 @@ from .corpus import check_tokenizer, is_data_folder, open_data, read_ladder, val
 from .defaults import DEFAULTS, FINE_TUNING
 from .generate import stream
 from .memory import explaining_memory
-from .plan import AUTO, DTYPES, Plan, describe, expected_time, make_plan
+from .plan import AUTO, DTYPES, Plan, describe, expected_time, make_plan, memory_bytes
 from .runs import (
     CHECKPOINTS,
     CONFIG,
@@ -137,8 +137,9 @@ def train(
         if dry_run:
             _print_cost(planned(data, Manifest.load(Path(data)).vocab_size if is_data_folder(data) else None), where)
             return
-        name = planned(data, None).preset  # refuses bad options before preparing the data
-        folder = out or RUNS / f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
+        expected = planned(data, None)  # refuses bad options before preparing the data
+        _check_memory(expected, hardware.describe(where))
+        folder = out or RUNS / f"{datetime.now():%Y%m%d-%H%M%S}-{expected.preset}"
         _check_new(folder)
         trackers, console = _trackers(folder, tensorboard), Console()
         dataset = open_data(data, vocabulary, console)
@@ -154,6 +155,15 @@ def _batch_size(text: str | None) -> int | str | None:
         return text if text in (None, AUTO) else int(text)
     except ValueError:
         raise InputError(f"batch_size is {text!r}; give a number or {AUTO}") from None
+
+
+def _check_memory(plan: Plan, device: hardware.Device) -> None:
+    """InputError where training would need twice the device's memory or more, before any is taken: a host swaps for
+    hours before it says so. The estimate is rough, so that what is nearer is tried."""
+    needed, there = memory_bytes(plan), device.memory_bytes
+    if there is not None and needed > 2 * there:
+        needs = f"{plan.training.batch_size} sequences at once need about {needed / 2**30:,.0f} GiB"
+        raise InputError(f"{needs}, and {device.name} has {there / 2**30:,.0f}; {MEMORY_REMEDY}")
 
 
 def _vocab_size(name: str | None, device: torch.device) -> int:

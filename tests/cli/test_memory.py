@@ -143,3 +143,9 @@ def test_evaluations_are_halved_down_to_one(data: Path, tmp_path: Path, cli: Cli
     with pytest.warns(UserWarning):
         refused(cli("eval", run, "--device", "cpu"), "ran out of memory; give a smaller --context")
     refused(cli("eval", run, "--device", "cpu", "--batch-size", 0), "batch_size is 0; it must be positive")
+
+
+def test_what_can_never_fit_is_refused_before_it_is_tried(cli: Cli, tmp_path: Path) -> None:
+    got = cli("train", *TRAIN, "--data", "nowhere.txt", "--batch-size", 10**7, "--out", tmp_path / "run")
+    refused(got, "10000000 sequences at once need about", "GiB, and ", "; give a smaller --batch-size")
+    assert not (tmp_path / "run").exists()
