@@ -12,6 +12,22 @@ from ._hopper_tiles import rows_of, some_key, tile_at
 SIZES = ("heads", "n_queries", "n_keys", "sequences", "query_places")
 
 
+@triton.jit
+def _tile_of(number, QueryStarts, sequences, query_places, n_queries, QUERIES: tl.constexpr):
+    """Of tile `number`: (tiles of its head, which of them, the sequence, its first query, and their number)."""
+    if QueryStarts is None:
+        tiles = tl.cdiv(n_queries, QUERIES)
+        sequence = 0
+        first = 0
+        length = n_queries
+        tile = number % tiles
+    else:
+        tiles = query_places
+        sequence, tile = tile_at(QueryStarts, (number % tiles).to(tl.int32), sequences, QUERIES)
+        first, length = rows_of(QueryStarts, sequence)
+    return tiles, tile, sequence, first, length
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _attention_hopper_rows_kernel(
     DOut, Out, Max, Sum, Rows, Turns, QueryStarts, sequences, query_places, do_sb, do_st, do_sh, o_sb, o_st, o_sh,
@@ -21,15 +37,7 @@ def _attention_hopper_rows_kernel(
     n_queries, which see nothing. Turns: 0 for each tile. QueryStarts: (sequences + 1,) of packed ones, with
     query_places tiles a head; else None."""
     number = tl.program_id(0).to(tl.int64)
-    if QueryStarts is None:
-        tiles = tl.cdiv(n_queries, QUERIES)
-        length = n_queries
-        first = 0
-        tile = number % tiles
-    else:
-        tiles = query_places
-        sequence, tile = tile_at(QueryStarts, (number % tiles).to(tl.int32), sequences, QUERIES)
-        first, length = rows_of(QueryStarts, sequence)
+    tiles, tile, _, first, length = _tile_of(number, QueryStarts, sequences, query_places, n_queries, QUERIES)
     bh, m0 = number // tiles, tile.to(tl.int64) * QUERIES
     b, h = bh // heads, bh % heads
     row = tl.arange(0, QUERIES)
@@ -65,14 +73,10 @@ def _attention_hopper_dq_kernel(
 ):  # fmt: skip
     """DQ from one (64, 64) of its sum, which was not written if its queries see no key."""
     number, part = (tl.program_id(0) // 2).to(tl.int64), tl.program_id(0) % 2
-    if QueryStarts is None:
-        tiles = tl.cdiv(n_queries, QUERIES)
-        first = 0
-        tile = number % tiles
-    else:
-        tiles = query_places
-        sequence, tile = tile_at(QueryStarts, (number % tiles).to(tl.int32), sequences, QUERIES)
-        first, n_queries = rows_of(QueryStarts, sequence)
+    tiles, tile, sequence, first, n_queries = _tile_of(
+        number, QueryStarts, sequences, query_places, n_queries, QUERIES
+    )  # fmt: skip
+    if QueryStarts is not None:
         _, n_keys = rows_of(KeyStarts, sequence)
     bh, m0 = number // tiles, tile.to(tl.int64) * QUERIES
     row = tl.arange(0, 64)[:, None]

@@ -128,7 +128,8 @@ def train(
             return
         dtype = dtype or str(hardware.compute_dtype(where)).removeprefix("torch.")
         parent_dir = None if parent is None else run_folder(parent)
-        planned = partial(make_plan, hardware.describe(where), preset, dtype, parent=parent_dir, **options)
+        properties = hardware.describe(where)
+        planned = partial(make_plan, properties, preset, dtype, parent=parent_dir, **options)
         if parent_dir is None:
             vocabulary = _vocab_size(preset, where)
         else:
@@ -138,7 +139,7 @@ def train(
             _print_cost(planned(data, Manifest.load(Path(data)).vocab_size if is_data_folder(data) else None), where)
             return
         expected = planned(data, None)  # refuses bad options before preparing the data
-        _check_memory(expected, hardware.describe(where))
+        _check_memory(expected, properties)
         folder = out or RUNS / f"{datetime.now():%Y%m%d-%H%M%S}-{expected.preset}"
         _check_new(folder)
         trackers, console = _trackers(folder, tensorboard), Console()
