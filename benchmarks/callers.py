@@ -4,7 +4,6 @@ python benchmarks/callers.py --json callers.json
 """
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,8 +33,7 @@ def main() -> None:
             print(f"{op:21}{call.case:22}{call.provider:15}{figures} {call.note}", flush=True)
     if options.json is not None:
         record = bench.heading(device, dtype, options.commit) | {"calls": [asdict(call) for call in calls]}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        bench.write(record, options.json)
 
 
 if __name__ == "__main__":

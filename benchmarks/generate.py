@@ -26,7 +26,7 @@ from torch import Tensor
 
 from llmfast import hardware, inference
 from llmfast.models import Config
-from llmfast.testing.bench import heading
+from llmfast.testing.bench import heading, write
 from llmfast.testing.timing import ceilings
 from llmfast.weights import from_pretrained
 from llmfast.weights.families import read_config
@@ -161,8 +161,7 @@ def main() -> None:
     compare(options.model, shape, prompt, record)
     show(record, console)
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        write(record, options.json)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ is not called transformers.py, which would be what `import transformers` finds f
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from llmfast import hardware
-from llmfast.testing.bench import heading
+from llmfast.testing.bench import heading, write
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 128256,
@@ -245,8 +244,7 @@ def main() -> None:
         console.print(f"[dim]{name}[/dim]")
     show(record, console)
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        write(record, options.json)
 
 
 if __name__ == "__main__":

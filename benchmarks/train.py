@@ -8,7 +8,6 @@ is defined here: torch.nn modules under bfloat16 autocast, scaled_dot_product_at
 """
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from llmfast import hardware
 from llmfast.cli.corpus import open_data
 from llmfast.models import GPT, Config, preset
-from llmfast.testing.bench import heading
+from llmfast.testing.bench import heading, write
 from llmfast.testing.timing import ceilings
 from llmfast.training import TrainConfig, optim
 from llmfast.training.gradients import Gradients
@@ -297,8 +296,7 @@ def main() -> None:
     if options.plot is not None:
         draw(record, options.plot)
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        write(record, options.json)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import argparse
 import datetime
-import json as json_module
+import json
 import math
 import subprocess
 import sys
@@ -96,11 +96,16 @@ def run(
     }
     _print(console, rows, record, ceiling)
     if json is not None:
-        json.parent.mkdir(parents=True, exist_ok=True)
-        json.write_text(json_module.dumps(record, indent=1) + "\n")
+        write(record, json)
     if plot is not None:
         _plot(rows, record, plot)
     return rows
+
+
+def write(record: dict[str, Any], path: Path) -> None:
+    """Write a file of results; folders that it lies in are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def heading(device: torch.device, dtype: torch.dtype, commit: str | None) -> dict[str, Any]:
