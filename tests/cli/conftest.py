@@ -51,3 +51,17 @@ def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
         return int(ended.value.code or 0), out, err
 
     return run
+
+
+@pytest.fixture
+def refused() -> Callable[..., None]:
+    """refused(result of cli, *parts): exit code 2, and one line on stderr that holds `parts`."""
+
+    def refused(result: tuple[int, str, str], *parts: str) -> None:
+        code, _, err = result
+        assert code == 2, err
+        assert err.startswith("llmfast: error: ") and err.count("\n") == 1, err
+        for part in parts:
+            assert part in err
+
+    return refused

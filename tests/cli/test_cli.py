@@ -20,6 +20,7 @@ from llmfast.errors import InputError
 from llmfast.training.metrics import read_metrics
 
 Cli = Callable[..., tuple[int, str, str]]
+Refused = Callable[..., None]
 
 TRAIN = ("--preset", "tiny", "--device", "cpu", "--context", "32", "--batch-size", "4")
 
@@ -146,16 +147,7 @@ def test_help_of_commands(name: str, cli: Cli) -> None:
     assert code == 0 and COMMANDS[name][1].split(";")[0].split(":")[0] in " ".join(out.split())
 
 
-def refused(result: tuple[int, str, str], *parts: str) -> None:
-    """Exit code 2, and one line on stderr that holds `parts`."""
-    code, _, err = result
-    assert code == 2, err
-    assert err.startswith("llmfast: error: ") and err.count("\n") == 1, err
-    for part in parts:
-        assert part in err
-
-
-def test_files_that_cannot_be_trained_on(tmp_path: Path, cli: Cli) -> None:
+def test_files_that_cannot_be_trained_on(tmp_path: Path, cli: Cli, refused: Refused) -> None:
     missing, empty, binary = (tmp_path / name for name in ("missing.txt", "empty.txt", "binary.txt"))
     empty.touch()
     binary.write_bytes(bytes(range(256)) * 40)
@@ -165,7 +157,7 @@ def test_files_that_cannot_be_trained_on(tmp_path: Path, cli: Cli) -> None:
         assert not (tmp_path / "run").exists() and not (tmp_path / "data").exists()
 
 
-def test_text_shorter_than_a_context(tmp_path: Path, cli: Cli) -> None:
+def test_text_shorter_than_a_context(tmp_path: Path, cli: Cli, refused: Refused) -> None:
     path = tmp_path / "short.txt"
     path.write_text("a few words\n" * 25)
     result = cli(
@@ -197,7 +189,7 @@ def test_text_shorter_than_a_context(tmp_path: Path, cli: Cli) -> None:
     ],
 )
 def test_options_refused(
-    data: Path, tmp_path: Path, cli: Cli, options: tuple[str, ...], parts: tuple[str, ...]
+    data: Path, tmp_path: Path, cli: Cli, options: tuple[str, ...], parts: tuple[str, ...], refused: Refused
 ) -> None:
     source = () if options[0] == "--resume" else ("--data", data, "--out", tmp_path / "run")
     refused(cli("train", *source, *options), *parts)
@@ -205,19 +197,19 @@ def test_options_refused(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_cuda_without_cuda(data: Path, tmp_path: Path, cli: Cli) -> None:
+def test_cuda_without_cuda(data: Path, tmp_path: Path, cli: Cli, refused: Refused) -> None:
     for command in (("train", "--data", data, "--out", tmp_path / "run"), ("generate", tmp_path)):
         refused(cli(*command, "--device", "cuda"), "'cuda' is not available", "0 CUDA devices")
 
 
-def test_truncated_shard(data: Path, tmp_path: Path, cli: Cli) -> None:
+def test_truncated_shard(data: Path, tmp_path: Path, cli: Cli, refused: Refused) -> None:
     copy = shutil.copytree(data, tmp_path / "data")
     (shard,) = copy.glob("train-*.bin")
     os.truncate(shard, shard.stat().st_size - 3)
     refused(cli("train", "--data", copy, *TRAIN, "--steps", 1, "--out", tmp_path / "run"), str(shard))
 
 
-def test_damaged_run(data: Path, tmp_path: Path, cli: Cli) -> None:
+def test_damaged_run(data: Path, tmp_path: Path, cli: Cli, refused: Refused) -> None:
     run = tmp_path / "run"
     assert cli("train", "--data", data, *TRAIN, "--steps", 2, "--out", run)[0] == 0
     refused(cli("train", "--data", data, *TRAIN, "--steps", 2, "--out", run), "is not empty", "--resume")
@@ -241,12 +233,12 @@ def test_damaged_run(data: Path, tmp_path: Path, cli: Cli) -> None:
     refused(cli("generate", tmp_path), "is not a run")
 
 
-def test_no_run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
+def test_no_run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli, refused: Refused) -> None:
     monkeypatch.chdir(tmp_path)
     refused(cli("generate"), "no run under runs/", "llmfast train")
 
 
-def test_generate_refuses_bad_sampling(data: Path, tmp_path: Path, cli: Cli) -> None:
+def test_generate_refuses_bad_sampling(data: Path, tmp_path: Path, cli: Cli, refused: Refused) -> None:
     run = tmp_path / "run"
     assert cli("train", "--data", data, *TRAIN, "--steps", 1, "--out", run)[0] == 0
     refused(cli("generate", run, "--temperature", "-1"), "temperature is -1")
@@ -256,7 +248,7 @@ def test_generate_refuses_bad_sampling(data: Path, tmp_path: Path, cli: Cli) -> 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_a_backend_that_cannot_run_leaves_nothing(data: Path, tmp_path: Path, cli: Cli) -> None:
+def test_a_backend_that_cannot_run_leaves_nothing(data: Path, tmp_path: Path, cli: Cli, refused: Refused) -> None:
     run = tmp_path / "run"
     refused(cli("train", "--data", data, *TRAIN, "--steps", 1, "--out", run, "--backend", "triton"), "triton")
     assert not run.exists()
@@ -266,14 +258,14 @@ def test_a_backend_that_cannot_run_leaves_nothing(data: Path, tmp_path: Path, cl
     assert result[1] == ""
 
 
-def test_out_that_is_a_file(data: Path, tmp_path: Path, cli: Cli) -> None:
+def test_out_that_is_a_file(data: Path, tmp_path: Path, cli: Cli, refused: Refused) -> None:
     (tmp_path / "run").touch()
     refused(cli("train", "--data", data, *TRAIN, "--steps", 1, "--out", tmp_path / "run"), "is a file; give a folder")
     refused(cli("train", "--data", "", *TRAIN, "--steps", 1, "--out", tmp_path / "r"), "the source is an empty string")
     refused(cli("data", "", "--out", tmp_path / "d"), "the source is an empty string")
 
 
-def test_tokenizer_replaces_nothing_but_tokenizers(text: Path, tmp_path: Path, cli: Cli) -> None:
+def test_tokenizer_replaces_nothing_but_tokenizers(text: Path, tmp_path: Path, cli: Cli, refused: Refused) -> None:
     corpus = shutil.copy(text, tmp_path / "sm.txt")
     before = corpus.read_bytes()
     refused(cli("tokenizer", corpus, "--train", corpus), "is the text to train on")
@@ -287,7 +279,7 @@ def test_tokenizer_replaces_nothing_but_tokenizers(text: Path, tmp_path: Path, c
     assert not (tmp_path / "d").exists()
 
 
-def test_eval_and_plot(data: Path, text: Path, tmp_path: Path, cli: Cli) -> None:
+def test_eval_and_plot(data: Path, text: Path, tmp_path: Path, cli: Cli, refused: Refused) -> None:
     """Of a trained run: figures that agree with each other and with the run's own, and pictures."""
     run, picture, figures = tmp_path / "run", tmp_path / "position.png", tmp_path / "eval.json"
     assert cli("train", "--data", data, *TRAIN, "--steps", 6, "--out", run)[0] == 0
@@ -312,7 +304,7 @@ def test_eval_and_plot(data: Path, text: Path, tmp_path: Path, cli: Cli) -> None
     refused(cli("plot", tmp_path), "is not a run")
 
 
-def test_one_process_trains_a_run(data: Path, tmp_path: Path, cli: Cli) -> None:
+def test_one_process_trains_a_run(data: Path, tmp_path: Path, cli: Cli, refused: Refused) -> None:
     fcntl = pytest.importorskip("fcntl")
     run = tmp_path / "run"
     assert cli("train", "--data", data, *TRAIN, "--steps", 1, "--out", run)[0] == 0
@@ -322,7 +314,9 @@ def test_one_process_trains_a_run(data: Path, tmp_path: Path, cli: Cli) -> None:
     assert cli("train", "--resume", run)[0] == 0
 
 
-def test_a_disk_that_is_full(data: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_full(
+    data: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch, refused: Refused
+) -> None:
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
@@ -333,7 +327,7 @@ def test_a_disk_that_is_full(data: Path, tmp_path: Path, cli: Cli, monkeypatch: 
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_output_that_cannot_be_written(data: Path, cli: Cli) -> None:
+def test_output_that_cannot_be_written(data: Path, cli: Cli, refused: Refused) -> None:
     command = [sys.executable, "-m", "llmfast.cli.main", "tokenizer", str(data)]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
@@ -347,7 +341,9 @@ def test_output_in_a_narrow_encoding(data: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "?\n"), done.stderr
 
 
-def test_a_result_that_is_not_finite(data: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_that_is_not_finite(
+    data: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch, refused: Refused
+) -> None:
     import llmfast.cli.train as module
 
     monkeypatch.setattr(module, "bits_per_byte", lambda *arguments: float("nan"))
@@ -356,7 +352,7 @@ def test_a_result_that_is_not_finite(data: Path, tmp_path: Path, cli: Cli, monke
 
 
 def test_the_result_does_not_depend_on_the_baselines(
-    data: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch, refused: Refused
 ) -> None:
     import llmfast.cli.corpus as corpus
     import llmfast.cli.train as module
@@ -386,7 +382,7 @@ def test_no_time_to_train(data: Path, tmp_path: Path, cli: Cli) -> None:
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_out_of_memory_on_the_cpu(
-    data: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch, error: Exception
+    data: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch, error: Exception, refused: Refused
 ) -> None:
     import llmfast.cli.train as module
 

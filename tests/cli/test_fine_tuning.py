@@ -25,6 +25,7 @@ from llmfast.files import file_sha256
 from llmfast.training.metrics import read_metrics
 
 Cli = Callable[..., tuple[int, str, str]]
+Refused = Callable[..., None]
 
 TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }};{% endfor %}"
 QUICK = ("--device", "cpu", "--context", "32", "--batch-size", "4")
@@ -93,12 +94,6 @@ def hashes(folder: Path) -> dict[str, str]:
 def bpb_of(run: Path, data: Dataset) -> float:
     model, _ = load_model(run, CPU, torch.float32, print)
     return bits_per_byte(model, *validation_text(data), 32, 16)
-
-
-def refused(result: tuple[int, str, str], *parts: str) -> None:
-    code, _, err = result
-    assert code == 2 and err.startswith("llmfast: error: ") and err.count("\n") == 1, err
-    assert all(part in err for part in parts), err
 
 
 def test_an_imported_model_learns_a_text_and_goes_back(
@@ -207,7 +202,9 @@ def test_a_folder_prepared_with_the_runs_tokenizer(imported: Path, text: Path, t
     assert {(p.dim(), p.dtype) for p in model.parameters()} == {(1, torch.float32), (2, torch.bfloat16)}
 
 
-def test_refusals(foreign: Path, imported: Path, data: Path, text: Path, tmp_path: Path, cli: Cli) -> None:
+def test_refusals(
+    foreign: Path, imported: Path, data: Path, text: Path, tmp_path: Path, cli: Cli, refused: Refused
+) -> None:
     """One line each; nothing is left behind and nothing is lost."""
     before, files = hashes(imported), sorted(tmp_path.iterdir())
     start = ("train", "--from", imported, "--out", tmp_path / "run", "--device", "cpu")
@@ -232,7 +229,9 @@ def test_refusals(foreign: Path, imported: Path, data: Path, text: Path, tmp_pat
     assert code == 2 and re.search(r"holds no undamaged checkpoint.*\n$", err) and not (tmp_path / "run").exists(), err
 
 
-def test_a_text_of_tokens_that_the_model_lacks(imported: Path, text: Path, tmp_path: Path, cli: Cli) -> None:
+def test_a_text_of_tokens_that_the_model_lacks(
+    imported: Path, text: Path, tmp_path: Path, cli: Cli, refused: Refused
+) -> None:
     """A tokenizer with more tokens than its model: those in the text count."""
     path = imported / "tokenizer.json"
     made = hf.Tokenizer.from_file(str(path))

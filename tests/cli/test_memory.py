@@ -15,6 +15,7 @@ from llmfast.training import loop
 from llmfast.training.metrics import read_metrics
 
 Cli = Callable[..., tuple[int, str, str]]
+Refused = Callable[..., None]
 
 TRAIN = ("--preset", "tiny", "--device", "cpu", "--context", "32", "--steps", 3)
 ERRORS = [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("CPU: can't allocate memory")]
@@ -39,12 +40,6 @@ def limit(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
 
     real = GPT.loss
     return limit
-
-
-def refused(result: tuple[int, str, str], *parts: str) -> None:
-    code, _, err = result
-    assert code == 2 and err.startswith("llmfast: error: ") and err.count("\n") == 1, err
-    assert all(part in err for part in parts), err
 
 
 def losses(run: Path) -> list[float]:
@@ -81,14 +76,14 @@ def test_the_hosts_memory_counts_too(data: Path, tmp_path: Path, cli: Cli, limit
     assert tried[:2] == [128, 64]
 
 
-def test_a_batch_size_that_was_given_is_kept(data: Path, tmp_path: Path, cli: Cli, limit) -> None:
+def test_a_batch_size_that_was_given_is_kept(data: Path, tmp_path: Path, cli: Cli, limit, refused: Refused) -> None:
     tried = limit(4)
     refused(cli("train", "--data", data, *TRAIN, "--batch-size", 8, "--out", tmp_path / "run"), *REMEDY)
     assert tried == [8] and not (tmp_path / "run").exists()
 
 
 def test_not_even_one_sequence_fits(
-    data: Path, tmp_path: Path, cli: Cli, limit, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, cli: Cli, limit, monkeypatch: pytest.MonkeyPatch, refused: Refused
 ) -> None:
     """Before a smaller batch is tried, the memory of the one before is given back, also where Python collects late."""
     tried, models = limit(0), []
@@ -110,7 +105,7 @@ def test_not_even_one_sequence_fits(
 
 
 def test_later_steps_are_not_done_again(
-    data: Path, tmp_path: Path, cli: Cli, limit, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, cli: Cli, limit, monkeypatch: pytest.MonkeyPatch, refused: Refused
 ) -> None:
     """A run that has begun keeps what it has; its user hears why it ended."""
     tried, allowed = limit(128), iter([1, 1])
@@ -127,7 +122,7 @@ def test_later_steps_are_not_done_again(
     assert tried == [128, 128] and len(losses(tmp_path / "run")) == 2
 
 
-def test_evaluations_are_halved_down_to_one(data: Path, tmp_path: Path, cli: Cli, limit) -> None:
+def test_evaluations_are_halved_down_to_one(data: Path, tmp_path: Path, cli: Cli, limit, refused: Refused) -> None:
     run, options = tmp_path / "run", ("--batch-size", 4, "--out")
     tried = limit(4, evaluation=1)
     with pytest.warns(UserWarning, match="evaluation ran out of memory; now [421] windows at once"):
@@ -145,7 +140,7 @@ def test_evaluations_are_halved_down_to_one(data: Path, tmp_path: Path, cli: Cli
     refused(cli("eval", run, "--device", "cpu", "--batch-size", 0), "batch_size is 0; it must be positive")
 
 
-def test_what_can_never_fit_is_refused_before_it_is_tried(cli: Cli, tmp_path: Path) -> None:
+def test_what_can_never_fit_is_refused_before_it_is_tried(cli: Cli, tmp_path: Path, refused: Refused) -> None:
     got = cli("train", *TRAIN, "--data", "nowhere.txt", "--batch-size", 10**7, "--out", tmp_path / "run")
     refused(got, "10000000 sequences at once need about", "GiB, and ", "; give a smaller --batch-size")
     assert not (tmp_path / "run").exists()

@@ -11,17 +11,12 @@ import pytest
 from llmfast.training.metrics import read_metrics
 
 Cli = Callable[..., tuple[int, str, str]]
+Refused = Callable[..., None]
 
 TRAIN = ("--preset", "tiny", "--device", "cpu", "--context", "32", "--batch-size", "4")
 
 
-def refused(result: tuple[int, str, str], *parts: str) -> None:
-    code, _, err = result
-    assert code == 2 and err.startswith("llmfast: error: ") and err.count("\n") == 1, err
-    assert all(part in err for part in parts), err
-
-
-def test_options_reach_the_configuration(data: Path, tmp_path: Path, cli: Cli) -> None:
+def test_options_reach_the_configuration(data: Path, tmp_path: Path, cli: Cli, refused: Refused) -> None:
     options = ("--spike-threshold", 6, "--activation-checkpointing", "--steps", 2)
     code, out, _ = cli("train", "--data", data, *TRAIN, *options, "--out", tmp_path / "run")
     training = json.loads((tmp_path / "run" / "config.json").read_text())["training"]
@@ -47,7 +42,9 @@ def test_dry_run_tells_parameters_memory_and_time(data: Path, tmp_path: Path, cl
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
-def test_tensorboard(data: Path, text: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard(
+    data: Path, text: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch, refused: Refused
+) -> None:
     pytest.importorskip("tensorboard")
     run, events = tmp_path / "run", tmp_path / "run" / "tensorboard"
     assert cli("train", "--data", data, *TRAIN, "--steps", 2, "--tensorboard", "--out", run)[0] == 0
@@ -62,7 +59,7 @@ def test_tensorboard(data: Path, text: Path, tmp_path: Path, cli: Cli, monkeypat
 
 
 def test_resume_auto_passes_over_damage_of_the_newest_run(
-    data: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch, refused: Refused
 ) -> None:
     """The newest checkpoint is cut short, as by a disk that lied: the one before it is continued, to the same end."""
     from llmfast.cli.defaults import DEFAULTS
