@@ -1,4 +1,7 @@
-"""Without a GPU, Triton kernels run in Triton's CPU interpreter, which must be chosen before Triton is imported."""
+"""Without a GPU, Triton kernels run in Triton's CPU interpreter, which must be chosen before Triton is imported.
+
+Workers of pytest-xdist share the processors: each with threads for all of them, tests take 2.5 times as long.
+"""
 
 import os
 
@@ -10,6 +13,12 @@ from llmfast.native import library
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:
+    THREADS = max(1, (os.cpu_count() or 1) // WORKERS)
+    torch.set_num_threads(THREADS)
+    os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))  # of processes that tests start
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,7 @@ class AttentionCase(Defaults):
     causal: bool
     window: int | None = None
     softcap: float = 0.0
+    scale: float | None = None
     op: str = "attention"
 
     def looseness(self, result: Tensor) -> float:
@@ -43,7 +44,8 @@ class AttentionCase(Defaults):
         lengths = str(self.n_queries) if self.n_queries == self.n_keys else f"{self.n_queries}/{self.n_keys}"
         heads = str(self.heads) if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
         label = f"B{self.batch} T{lengths} H{heads} D{self.head_dim} {'causal' if self.causal else 'full'}"
-        return label + f" window {self.window}" * bool(self.window) + f" softcap {self.softcap:g}" * bool(self.softcap)
+        label += f" window {self.window}" * bool(self.window) + f" softcap {self.softcap:g}" * bool(self.softcap)
+        return label if self.scale is None else f"{label} scale {self.scale:g}"
 
     @property
     def plain(self) -> bool:
@@ -59,7 +61,7 @@ class AttentionCase(Defaults):
         return self.inputs["q"]
 
     def ours(self, *tensors: Tensor, backend: str) -> Tensor:
-        options = {"causal": self.causal, "window": self.window, "softcap": self.softcap}
+        options = {"causal": self.causal, "window": self.window, "softcap": self.softcap, "scale": self.scale}
         return ops.attention(*tensors, backend=backend, **options)
 
     def torch(self, *tensors: Tensor) -> Tensor:
@@ -75,16 +77,17 @@ class AttentionCase(Defaults):
             mask = mask.triu(self.n_keys - self.n_queries - self.window + 1) if self.window else mask
         if self.softcap:
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
-            scores = self.softcap * torch.tanh(q @ k.transpose(-1, -2) * self.head_dim**-0.5 / self.softcap)
+            scale = self.head_dim**-0.5 if self.scale is None else self.scale
+            scores = self.softcap * torch.tanh(q @ k.transpose(-1, -2) * scale / self.softcap)
             scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
             probabilities = torch.softmax(scores, -1)
             return ((probabilities if mask is None else probabilities.masked_fill(~mask, 0.0)) @ v).transpose(1, 2)
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=self.causal and mask is None, enable_gqa=self.heads != self.kv_heads
-        )
-        if (
-            mask is not None
-        ):  # a query that sees no key: zeros by definition, NaN or an average by some of SDPA's kernels
+            q, k, v, attn_mask=mask, is_causal=self.causal and mask is None, scale=self.scale,
+            enable_gqa=self.heads != self.kv_heads,
+        )  # fmt: skip
+        if mask is not None:
+            # A query that sees no key: zeros by definition, NaN or an average by some of SDPA's kernels.
             out = torch.where(mask.any(-1)[:, None], out, 0.0)
         return out.transpose(1, 2)
 
