@@ -30,10 +30,10 @@ def losses(name: str, options: argparse.Namespace, seed: int, device: torch.devi
     config = preset(options.preset, vocab_size=train.VOCABULARY)
     batches = train.text_batches(options.data, options.batch_size, options.context, seed)
     torch.manual_seed(seed)
-    if name == "llmfast":
-        step = train.our_step(config, device, options.batch_size, True)
-    else:
+    if name == "torch.compile":
         step = train.plain_step(config, device, True)
+    else:
+        step = train.our_step(config, device, options.batch_size, True, fp8=name == "llmfast fp8")
     found: list[Tensor] = []
     for i in range(options.steps):
         found.append(step(train.on_device(batches(i), name, device)).clone())
@@ -41,13 +41,13 @@ def losses(name: str, options: argparse.Namespace, seed: int, device: torch.devi
 
 
 def summary(runs: dict[str, list[list[float]]]) -> dict[str, float]:
-    """The mean distance of the two results of a seed, and the standard deviation of the plain one over seeds."""
+    """The mean distance of the two results of a seed, and the standard deviation of the second one over seeds."""
     results = {name: [statistics.mean(run[-LAST:]) for run in per_seed] for name, per_seed in runs.items()}
-    ours, plain = results.values()
+    first, second = results.values()
     return {
-        "between": statistics.mean(a - b for a, b in zip(ours, plain, strict=True)),
-        "largest": max(abs(a - b) for a, b in zip(ours, plain, strict=True)),
-        "seeds": statistics.stdev(plain),
+        "between": statistics.mean(a - b for a, b in zip(first, second, strict=True)),
+        "largest": max(abs(a - b) for a, b in zip(first, second, strict=True)),
+        "seeds": statistics.stdev(second),
     }
 
 
@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--fp8", action="store_true", help="ours in 8 bits beside ours, not beside the plain step")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--plot", type=Path, help="also draw the losses into this PNG")
     parser.add_argument("--commit", help="what to record as the commit measured; by default what git says, if it can")
@@ -87,7 +88,7 @@ def main() -> None:
     record: dict[str, Any] = heading(device, torch.bfloat16, options.commit) | sizes | {"last": LAST}
     record["runs"] = {
         name: [losses(name, options, seed, device) for seed in range(options.seeds)]
-        for name in ("llmfast", "torch.compile")
+        for name in (("llmfast fp8", "llmfast") if options.fp8 else ("llmfast", "torch.compile"))
     }
     record["summary"] = summary(record["runs"])
     table = Table("", *(f"seed {seed}" for seed in range(options.seeds)), title=f"mean loss of the last {LAST} steps")
@@ -95,7 +96,7 @@ def main() -> None:
         table.add_row(name, *(f"{statistics.mean(run[-LAST:]):.4f}" for run in per_seed))
     console.print(table)
     console.print(
-        "ours less plain {between:+.4f}, at most {largest:.4f}; seeds {seeds:.4f}".format(**record["summary"])
+        "first less second {between:+.4f}, at most {largest:.4f}; seeds {seeds:.4f}".format(**record["summary"])
     )
     if options.plot is not None:
         draw(record, options.plot)

@@ -114,8 +114,9 @@ def load_plain(plain: PlainGPT, ours: GPT) -> None:
     )
 
 
-def our_step(config: Config, device: torch.device, batch_size: int, graph: bool) -> Step:
+def our_step(config: Config, device: torch.device, batch_size: int, graph: bool, fp8: bool = False) -> Step:
     model = GPT(config, torch.bfloat16).to(device)
+    model.set_fp8(fp8)
     settings = TrainConfig(max_steps=10**6, batch_size=batch_size, learning_rate=RATE, weight_decay=0.1)
     optimizer, gradients = optim.Optimizer(model, settings), Gradients(model, graph)
     count = 0
@@ -167,7 +168,7 @@ def measure(
 
 def on_device(batch: Tensor, name: str, device: torch.device) -> Tensor:
     """As the step takes it: ours copies it itself."""
-    return batch if name == "llmfast" else batch.pin_memory().to(device, non_blocking=True)
+    return batch if name.startswith("llmfast") else batch.pin_memory().to(device, non_blocking=True)
 
 
 def random_batches(options: argparse.Namespace) -> Callable[[int], Tensor]:
@@ -188,6 +189,7 @@ CATEGORIES = {  # the first that a kernel's name contains
     "norms": ("norm", "sum_partials"),
     "cross-entropy": ("cross_entropy", "reduce_losses", "log_softmax", "nll"),
     "GELU": ("activation", "gelu"),
+    "8-bit rounding": ("round_kernel", "columns_kernel"),
     "AdamW": ("adam", "multi_tensor"),
     "embedding": ("embedding", "sort", "radix", "searchsorted", "index"),
     "copies and fills": ("memcpy", "memset", "copy", "fill", "cat"),
@@ -260,7 +262,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=25, help="of which the first five are not timed")
     parser.add_argument("--data", help="a text to train on, as llmfast train takes it; by default ids of no meaning")
-    parser.add_argument("--only", choices=["llmfast", "torch.compile", "eager"], action="append")
+    parser.add_argument("--only", choices=["llmfast", "llmfast fp8", "torch.compile", "eager"], action="append")
     parser.add_argument("--no-graph", action="store_true", help="launch every kernel of ours from the host")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--plot", type=Path, help="also draw where the time goes into this PNG")
@@ -272,6 +274,7 @@ def main() -> None:
     batches = text or random_batches(options)
     makers: dict[str, Callable[[], Step]] = {
         "llmfast": lambda: our_step(config, device, options.batch_size, not options.no_graph),
+        "llmfast fp8": lambda: our_step(config, device, options.batch_size, not options.no_graph, True),
         "torch.compile": lambda: plain_step(config, device, True),
         "eager": lambda: plain_step(config, device, False),
     }

@@ -1,4 +1,5 @@
 """Sums over rows in a fixed order, for the gradients of parameters: of a matrix, and of the partials of other kernels.
+A matrix' largest magnitude may be found in the same pass.
 
 Each program sums the rows that it walks, in float32, and a second kernel adds those partials up: no atomics, so that
 results are bitwise repeatable.
@@ -18,15 +19,27 @@ PROGRAMS = 4  # on a multiprocessor
 
 
 @triton.jit
-def _column_sums_kernel(X, Partials, x_stride, n_rows, n_cols, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """X: (n_rows, n_cols) with a row stride; Partials: (num_programs(1), n_cols) float32."""
+def _columns_kernel(
+    X, Partials, Maxima, x_stride, n_rows, n_cols,
+    SUMS: tl.constexpr, MAXIMA: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """X: (n_rows, n_cols) with a row stride; Partials: (num_programs(1), n_cols) float32, sums of columns; Maxima: one
+    magnitude of each program, NaN left out."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     sums = tl.zeros([ROWS, BLOCK], tl.float32)
+    maxima = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in tl.range(tl.program_id(1) * ROWS, n_rows, tl.num_programs(1) * ROWS, num_stages=3):
         row = start + tl.arange(0, ROWS)[:, None].to(tl.int64)
         inside = (row < n_rows) & (column[None, :] < n_cols)
-        sums += tl.load(X + row * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    tl.store(Partials + tl.program_id(1).to(tl.int64) * n_cols + column, tl.sum(sums, 0), mask=column < n_cols)
+        x = tl.load(X + row * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        if SUMS:
+            sums += x
+        if MAXIMA:
+            maxima = tl.maximum(maxima, tl.abs(x))
+    if SUMS:
+        tl.store(Partials + tl.program_id(1).to(tl.int64) * n_cols + column, tl.sum(sums, 0), mask=column < n_cols)
+    if MAXIMA:
+        tl.store(Maxima + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.max(tl.max(maxima, 1), 0))
 
 
 @triton.jit
@@ -64,14 +77,32 @@ def sum_partials(partials: Tensor, sums: list[Tensor]) -> None:
 def column_sums(x: Tensor) -> Tensor:
     """x: (..., N) -> (N,) float32, the sum of its rows."""
     rows = as_rows(x)
-    n_rows, n_cols = rows.shape
     if rows.numel() == 0:
-        return torch.zeros((n_cols,), dtype=torch.float32, device=x.device)
-    columns = cdiv(n_cols, TILE["BLOCK"])
-    walkers = max(1, PROGRAMS * multiprocessors(x.device) // columns)
-    walkers = min(walkers, cdiv(n_rows, TILE["ROWS"]))
-    partials = torch.empty((1, walkers, n_cols), dtype=torch.float32, device=x.device)
-    launch(_column_sums_kernel, (columns, walkers), rows, partials, rows.stride(0), n_rows, n_cols, **TILE)
-    sums = torch.empty((n_cols,), dtype=torch.float32, device=x.device)
-    sum_partials(partials, [sums])
+        return torch.zeros((rows.shape[1],), dtype=torch.float32, device=x.device)
+    sums, _ = _columns(rows, True, False)
+    assert sums is not None
     return sums
+
+
+def column_sums_and_maxima(rows: Tensor, sums: bool) -> tuple[Tensor | None, Tensor]:
+    """rows: (M, N), not empty, unit stride in N -> (N,) float32, their sum, if `sums`; and some numbers, float32, whose
+    largest is the largest magnitude of all, NaN left out."""
+    return _columns(rows, sums, True)
+
+
+def _columns(rows: Tensor, sums: bool, maxima: bool) -> tuple[Tensor | None, Tensor]:
+    n_rows, n_cols = rows.shape
+    columns = cdiv(n_cols, TILE["BLOCK"])
+    walkers = max(1, PROGRAMS * multiprocessors(rows.device) // columns)
+    walkers = min(walkers, cdiv(n_rows, TILE["ROWS"]))
+    partials = torch.empty((1, walkers if sums else 0, n_cols), dtype=torch.float32, device=rows.device)
+    found = torch.empty((walkers * columns if maxima else 0,), dtype=torch.float32, device=rows.device)
+    launch(
+        _columns_kernel, (columns, walkers), rows, partials, found, rows.stride(0), n_rows, n_cols,
+        SUMS=sums, MAXIMA=maxima, **TILE,
+    )  # fmt: skip
+    if not sums:
+        return None, found
+    total = torch.empty((n_cols,), dtype=torch.float32, device=rows.device)
+    sum_partials(partials, [total])
+    return total, found

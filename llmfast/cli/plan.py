@@ -145,21 +145,24 @@ def memory_bytes(plan: Plan) -> int:
     model, training, size = plan.model, plan.training, DTYPES[plan.dtype].itemsize
     tokens = training.batch_size * training.context
     parameters = model.n_params * (20 if training.accumulation > 1 else 16)
-    kept = model.n_layer * _kept(model, size)
+    kept = model.n_layer * _kept(model, size, training.fp8)
     if training.activation_checkpointing:
-        kept = _kept(model, size) + model.n_layer * 2 * model.d_model * size
+        kept = _kept(model, size, training.fp8) + model.n_layer * 2 * model.d_model * size
     logits = tokens * model.vocab_size * size
     if logits > MAX_LOGITS and not model.logit_softcap:
         logits = logits // 8 + 4 * model.vocab_size * model.d_model
     return parameters + tokens * kept + logits
 
 
-def _kept(model: Config, size: int) -> int:
+def _kept(model: Config, size: int, fp8: bool) -> int:
     """Bytes a token that a block keeps for the backward pass, in values of `size` bytes: two sums and their norms; q,
-    k, v and what attention makes of them; gate and up; and dropout's two masks."""
-    heads = 2 * model.n_head * model.head_dim + 2 * model.n_kv_head * model.head_dim
-    values = 4 * model.d_model + heads + (2 if model.gated else 1) * model.d_mlp
-    return values * size + (2 * model.d_model if model.dropout else 0)
+    k, v and what attention makes of them; gate and up; and dropout's two masks. fp8: in place of the norms, the inputs
+    of all four layers, in 8 bits."""
+    q_width = model.n_head * model.head_dim
+    values = 2 * model.d_model + 2 * q_width + 2 * model.n_kv_head * model.head_dim
+    values += (2 if model.gated else 1) * model.d_mlp
+    inputs = 2 * model.d_model + q_width + model.d_mlp if fp8 else 2 * model.d_model * size
+    return values * size + inputs + (2 * model.d_model if model.dropout else 0)
 
 
 def describe(plan: Plan) -> str:

@@ -28,7 +28,8 @@ class GPT(nn.Module):
     `compute_dtype`, too: as each is rounded to it before use, no result depends on that.
 
     Where `activation_checkpointing` is set, only what goes into a block is kept for the backward pass, which runs the
-    block once more, to the same bits.
+    block once more, to the same bits. After `set_fp8`, the blocks' matrix products of training are of 8-bit floats
+    (`ops.fp8_linear`); without gradients, as for evaluation, nothing changes.
     """
 
     rotary: Tensor | None
@@ -57,6 +58,15 @@ class GPT(nn.Module):
             elif parameter.dim() == 2:
                 into_residual = name.endswith(("attention.proj.weight", "mlp.down.weight"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer) if into_residual else 0.02)
+
+    @property
+    def fp8(self) -> bool:
+        return any(layer.fp8 for layer in self.blocks.modules() if isinstance(layer, Linear))
+
+    def set_fp8(self, on: bool) -> None:
+        for layer in self.blocks.modules():
+            if isinstance(layer, Linear):
+                layer.fp8 = on
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
         """ids: (B, T) int64 -> logits (B, T, vocab_size), or (B, 1, vocab_size) of the last token with `last_only`.

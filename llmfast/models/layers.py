@@ -15,11 +15,18 @@ Rotary = Sequence[tuple[Tensor, Tensor]]  # cos, sin, each (T, D/2): the global 
 
 
 class Linear(nn.Linear):
-    """nn.Linear that computes in its input's dtype."""
+    """nn.Linear that computes in its input's dtype, or, where `fp8` is set and a gradient asked for, in 8 bits."""
+
+    fp8 = False
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self.weight.to(input.dtype)
+        if self.in_fp8():
+            return ops.fp8_linear(input, weight, _parameter(self.bias, input))
         return F.linear(input, weight) if self.bias is None else ops.linear(input, weight, _parameter(self.bias, input))
+
+    def in_fp8(self) -> bool:
+        return self.fp8 and torch.is_grad_enabled()
 
 
 class Norm(nn.Module):
@@ -116,12 +123,24 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         activation: Any = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}.get(self.kind, self.kind)
+        if self.down.in_fp8():
+            return self._forward_fp8(x, activation)
         down = self.down.weight.to(x.dtype), _parameter(self.down.bias, x)
         if self.kind in ("gelu", "gelu_tanh"):
             h, bias = F.linear(x, self.up.weight.to(x.dtype)), _parameter(self.up.bias, x)
             return ops.activation_linear(h, *down, x_bias=bias, activation=activation)
         gate, up = self.up(x).chunk(2, dim=-1)
         return ops.activation_linear(gate, *down, up=up, activation=activation)
+
+    def _forward_fp8(self, x: Tensor, activation: str) -> Tensor:
+        """With the activation apart, whose result is kept for the backward pass, as it takes but a byte."""
+        approximate: Any = "tanh" if activation == "gelu_tanh" else "none"
+        if self.kind in ("gelu", "gelu_tanh"):
+            h, bias = ops.fp8_linear(x, self.up.weight.to(x.dtype)), _parameter(self.up.bias, x)
+            return self.down(ops.bias_gelu(h, bias, approximate=approximate))
+        gate, up = self.up(x).chunk(2, dim=-1)
+        gated = ops.swiglu(gate, up) if activation == "silu" else ops.geglu(gate, up, approximate=approximate)
+        return self.down(gated)
 
 
 def _parameter(p: Tensor | None, x: Tensor) -> Tensor | None:

@@ -18,6 +18,7 @@ from .functional import (
     decode_attention,
     embedding,
     explain,
+    fp8_linear,
     geglu,
     gelu,
     layer_norm,
@@ -32,6 +33,7 @@ from .registry import BackendFallbackWarning, current_backend, use_backend
 
 __all__ = [
     "BackendFallbackWarning",
+    "activation_linear",
     "adamw_",
     "add_layer_norm",
     "add_rms_norm",
@@ -43,7 +45,7 @@ __all__ = [
     "decode_attention",
     "embedding",
     "explain",
-    "activation_linear",
+    "fp8_linear",
     "geglu",
     "gelu",
     "layer_norm",

@@ -171,6 +171,25 @@ class Linear(torch.autograd.Function):
         return None, *ctx.kernels.linear_bwd(grad_outputs[0], *ctx.saved_tensors, ctx.needs_input_grad[1:])
 
 
+class Fp8Linear(torch.autograd.Function):
+    """Keeps x and weight as the products of the gradients take them: of 8 bits, transposed."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if isinstance(ctx, _NoContext):
+            return kernels.fp8_linear_fwd(x, weight, bias)
+        out, *saved = kernels.fp8_linear_kept(x, weight, bias, ctx.needs_input_grad[1:])
+        ctx.kernels, ctx.shape = kernels, tuple(weight.shape)
+        ctx.save_for_backward(*saved)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        options = ctx.shape, ctx.needs_input_grad[1:]
+        return None, *ctx.kernels.fp8_linear_bwd(grad_outputs[0], *ctx.saved_tensors, *options)
+
+
 class ActivationLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -360,6 +379,7 @@ FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
     "swiglu": SwiGLU,
     "geglu": GEGLU,
     "linear": Linear,
+    "fp8_linear": Fp8Linear,
     "activation_linear": ActivationLinear,
     "rope": RoPE,
     "cross_entropy": CrossEntropy,

@@ -29,6 +29,7 @@ _SCHEMA_TYPES = {
     str: "str",
     torch.dtype: "ScalarType",
     tuple[bool, bool, bool]: "bool[3]",
+    tuple[int, int]: "SymInt[2]",
 }
 
 
@@ -88,6 +89,10 @@ def _float(x: Tensor, *shape: Any) -> Tensor:
     return x.new_empty(shape, dtype=torch.float32)
 
 
+def _fp8(x: Tensor, *shape: Any) -> Tensor:
+    return x.new_empty(shape, dtype=torch.float8_e4m3fn)
+
+
 def _per_row(x: Tensor) -> Tensor:
     return _float(x, math.prod(x.shape[:-1]))
 
@@ -127,6 +132,18 @@ _RESULTS: dict[str, Callable[..., Any]] = {
         dout.new_empty((*dout.shape[:-1], weight.shape[1])) if needs[0] else None,
         _like(weight) if needs[1] else None,
         _float(weight, weight.shape[0]) if needs[2] else None,
+    ),
+    "fp8_linear_fwd": lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    "fp8_linear_kept": lambda x, weight, bias, needs: (
+        x.new_empty((*x.shape[:-1], weight.shape[0])),
+        _fp8(x, x.shape[-1], (math.prod(x.shape[:-1]) + 15) // 16 * 16) if needs[1] else None,
+        _fp8(x, weight.shape[1], weight.shape[0]) if needs[0] else None,
+        _float(x, 2),
+    ),
+    "fp8_linear_bwd": lambda dout, x, weight, scales, shape, needs: (
+        dout.new_empty((*dout.shape[:-1], shape[1])) if needs[0] else None,
+        dout.new_empty(shape) if needs[1] else None,
+        _float(dout, shape[0]) if needs[2] else None,
     ),
     "rope_fwd": lambda x, *_: _like(x),
     "rope_bwd": lambda dy, *_: _like(dy),

@@ -204,6 +204,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     return run("linear", backend, arguments.linear(x, weight, bias))
 
 
+def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """`linear` whose products, of the gradients too, are of 8-bit floats: x and weight are rounded to e4m3 (4 bits of
+    precision), the gradient to e5m2 (3), each tensor scaled by a power of two such that its largest magnitude fits.
+
+    M and N must be multiples of 16. A NaN stays where it would be; an infinity makes all results NaN.
+    """
+    return run("fp8_linear", backend, arguments.fp8_linear(x, weight, bias))
+
+
 def activation_linear(
     x: Tensor,
     weight: Tensor,

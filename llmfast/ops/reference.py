@@ -4,6 +4,9 @@ Each function accumulates in `promote(dtype, float32)` and rounds once at the en
 every kernel is measured against, and autograd through these functions gives the true gradients.
 """
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -183,6 +186,44 @@ def geglu(gate: Tensor, up: Tensor, approximate: str) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x @ weight^T + bias. x: (..., N); weight: (M, N); bias: (M,). PyTorch's product of 16 bits sums in float32."""
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear` of operands, and for gradients, as 8-bit floats hold them (https://arxiv.org/abs/2209.05433)."""
+    acc = _accumulation_dtype(x)
+    y = fp8_product(x.to(acc), weight.to(acc))
+    return (y if bias is None else y + bias.to(acc)).to(x.dtype)
+
+
+def fp8_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight^T at their dtype, of what e4m3 holds of them; the gradient as e5m2 holds it."""
+    held = (Held.apply(t, torch.float8_e4m3fn, None) for t in (x, weight))
+    return Held.apply(F.linear(*held), None, torch.float8_e5m2)  # pyright: ignore[reportReturnType]
+
+
+class Held(torch.autograd.Function):
+    """x as one 8-bit format holds it, and its gradient as another does, None for all bits."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype | None, gradient: torch.dtype | None) -> Tensor:
+        ctx.gradient = gradient
+        return _held(x, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _held(grad_outputs[0], ctx.gradient), None, None
+
+
+def _held(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """x rounded to `dtype` after it was multiplied by the largest power of two that its largest magnitude bears."""
+    if dtype is None or x.numel() == 0:
+        return x.view_as(x)
+    h = x.to(_accumulation_dtype(x))
+    largest = h.abs().nan_to_num(0.0, torch.inf).amax()
+    mantissa, exponent = torch.frexp(largest)
+    power = math.frexp(torch.finfo(dtype).max)[1] - exponent - (mantissa > 0.875).int()  # its largest: 0.875 times 2^n
+    scale = torch.ldexp(torch.ones_like(largest), power.clamp_max(126)) + (largest - largest)  # NaN of infinity
+    return ((h * scale).float().to(dtype).to(h.dtype) / scale).to(x.dtype)
 
 
 def activation_linear(

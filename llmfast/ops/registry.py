@@ -68,6 +68,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "swiglu": (_triton("activation"), _CPP),
     "geglu": (_triton("activation"),),
     "linear": (_triton("linear"),),
+    "fp8_linear": (_triton("fp8_linear"),),
     "activation_linear": (_triton("activation_linear"), _CPP),
     "rope": (_triton("rope"), _CPP),
     "cross_entropy": (_triton("cross_entropy"), _CUDA, _CPP),

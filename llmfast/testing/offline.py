@@ -32,6 +32,7 @@ from .cases import (
     CrossEntropyCase,
     DecodeAttentionCase,
     EmbeddingCase,
+    Fp8LinearCase,
     LinearCase,
     LinearCrossEntropyCase,
     RopeCase,
@@ -59,6 +60,7 @@ CASES: list[Case] = [
     *(RowCase(op, 2, cols) for op in ("rms_norm", "add_layer_norm", "add_rms_norm") for cols in (768, 8192, 65536)),
     *(RowCase(op, 2, cols) for op in ("gelu", "bias_gelu", "swiglu", "geglu") for cols in (64, 4096)),
     LinearCase(2, 64, 768),
+    Fp8LinearCase(256, 64, 768),
     ActivationLinearCase(2, 4096, 64),
     ActivationLinearCase(2, 4096, 64, True, "gelu_tanh", gated=False),
     *(RopeCase(1, 2, 2, d, interleaved) for d in (64, 128) for interleaved in (False, True)),
@@ -175,7 +177,7 @@ def main() -> int:
     rows = [
         row
         for case in CASES
-        if options.op in (None, case.op)
+        if options.op in (None, case.op) and (case.op != "fp8_linear" or options.arch >= 89)  # which has such products
         for row in compile_case(case, getattr(torch, options.dtype), options.arch)
     ]
     if options.op in (None, "adamw"):

@@ -60,6 +60,8 @@ class TrainConfig:
     keeps its memory for itself."""
     activation_checkpointing: bool = False
     """Keep of each block only what goes into it, and run it again in the backward pass: less memory for more time."""
+    fp8: bool = False
+    """Train the blocks' matrices by products of 8-bit floats, scaled tensor by tensor: faster, and less exact."""
     deterministic: bool = False
     """Refuse operations that may give other bits on the same machine (torch.use_deterministic_algorithms)."""
 
@@ -83,7 +85,7 @@ class TrainConfig:
         self._check("betas", pair and all(_is_number(b) and 0 <= b < 1 for b in self.betas), "two numbers in [0, 1)")
         budget = self.budget_seconds
         self._check("budget_seconds", budget is None or (_is_number(budget) and budget > 0), "positive and finite")
-        for name in ("cuda_graph", "activation_checkpointing", "deterministic"):
+        for name in ("cuda_graph", "activation_checkpointing", "fp8", "deterministic"):
             self._check(name, isinstance(getattr(self, name), bool), "True or False")
 
     def _check(self, name: str, valid: bool, requirement: str) -> None:
@@ -102,6 +104,10 @@ class TrainConfig:
         self._check(
             "cuda_graph", not (self.cuda_graph and repeats), f"False with activation_checkpointing, as {reason}"
         )
+        q_width, kv_width = (n * model.head_dim for n in (model.n_head, model.n_kv_head))
+        widths = {"d_model": model.d_model, "d_mlp": model.d_mlp, "q": q_width, "q, k and v": q_width + 2 * kv_width}
+        odd = [f"{name} is {n} wide" for name, n in widths.items() if n % 16]
+        self._check("fp8", not (self.fp8 and odd), f"False where widths are no multiples of 16: {', '.join(odd)}")
 
     def to_dict(self) -> dict[str, Any]:
         """Values that survive JSON."""

@@ -73,8 +73,9 @@ def train(
     if config.deterministic:
         environment.make_cublas_deterministic()
     torch.use_deterministic_algorithms(config.deterministic or was_deterministic)
-    was_training, was_checkpointing = model.training, model.activation_checkpointing
+    was = model.training, model.activation_checkpointing, model.fp8
     model.activation_checkpointing = config.activation_checkpointing
+    model.set_fp8(config.fp8)
     try:
         run = _Run(model, config, batches, evaluate, run_dir, report, corpus_hash, trackers)
         try:
@@ -84,8 +85,9 @@ def train(
         finally:
             run.optimizer.release()
     finally:
-        model.train(was_training)
-        model.activation_checkpointing = was_checkpointing
+        model.train(was[0])
+        model.activation_checkpointing = was[1]
+        model.set_fp8(was[2])
         torch.use_deterministic_algorithms(was_deterministic)
 
 

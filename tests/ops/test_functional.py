@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmfast import ops
 from llmfast.errors import InputError
-from llmfast.ops import arguments
+from llmfast.ops import arguments, checks
 from llmfast.ops.registry import BACKENDS
 from llmfast.testing.accuracy import outputs
 
@@ -143,6 +143,7 @@ WRONG: list[tuple[Callable[[], object], str, str]] = [
     (lambda: ops.linear_cross_entropy(t(2, 3), t(4, 3, dtype=HALF), IDS), "linear_cross_entropy: weight ", "float16"),
     (lambda: ops.linear_cross_entropy(t(2, 3), t(4, 3), IDS, z_loss=-1.0), "linear_cross_entropy: z_loss ", "-1.0"),
     (lambda: ops.linear_cross_entropy(t(2, 3), t(4, 3), IDS[:1]), "linear_cross_entropy: x ", "(1,)"),
+    (lambda: ops.fp8_linear(t(2, 16), t(24, 16)), "fp8_linear: weight ", "(24, 16)"),
     (lambda: ops.activation_linear(t(2, 3), t(4, 3), activation="relu"), "activation_linear: activation ", "'relu'"),
     (lambda: ops.activation_linear(t(2, 3), t(4, 2)), "activation_linear: x ", "(4, 2)"),
     (lambda: ops.activation_linear(t(2, 3), t(4, 3), up=t(2, 4)), "activation_linear: x ", "(2, 4)"),
@@ -187,10 +188,12 @@ def test_the_table_above_covers_every_check() -> None:
         try:
             call()
         except InputError as error:
-            raised_at.add(traceback.extract_tb(error.__traceback__)[-1].lineno)
-    tree = ast.parse(Path(arguments.__file__).read_text(encoding="utf-8"))
-    checks = {(node.lineno, node.end_lineno) for node in ast.walk(tree) if isinstance(node, ast.Raise)}
-    assert [start for start, end in checks if not any(start <= line <= end for line in raised_at)] == []
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            raised_at.add((frame.filename, frame.lineno))
+    for path in (arguments.__file__, checks.__file__):
+        raises = [n for n in ast.walk(ast.parse(Path(path).read_text(encoding="utf-8"))) if isinstance(n, ast.Raise)]
+        lines = {line for file, line in raised_at if file == path}
+        assert raises and [n.lineno for n in raises if not lines & {*range(n.lineno, (n.end_lineno or 0) + 1)}] == []
 
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -198,7 +201,7 @@ SUPPORTED = [
     pytest.param(op, name, dtype, id=f"{op}-{name}-{str(dtype).removeprefix('torch.')}")
     for op in BACKENDS
     # Whose results are of another shape, or none, or have no gradient.
-    if op not in ("adamw", "embedding", "activation_linear", "linear_cross_entropy", "decode_attention")
+    if op not in ("adamw", "embedding", "fp8_linear", "activation_linear", "linear_cross_entropy", "decode_attention")
     for name, dtypes in [*((row.name, row.dtypes) for row in BACKENDS[op]), ("reference", DTYPES)]
     for dtype in DTYPES
     # Triton's CPU interpreter computes bfloat16 wrongly.

@@ -15,6 +15,7 @@ from llmfast.testing.cases import (
     Case,
     CrossEntropyCase,
     EmbeddingCase,
+    Fp8LinearCase,
     LinearCase,
     LinearCrossEntropyCase,
     RopeCase,
@@ -195,6 +196,7 @@ GRAPHED = [
     (RopeCase(2, 30, 3, 64), TRITON),
     (EmbeddingCase(300, 50, 200), TRITON),
     (LinearCase(70, 64, 300), TRITON),
+    (Fp8LinearCase(70, 64, 304), TRITON),
     (ActivationLinearCase(70, 64, 32, bias=True), TRITON),
     (LinearCrossEntropyCase(70, 64, 333, bias=True), TRITON),
 ]

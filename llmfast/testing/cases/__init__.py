@@ -10,7 +10,7 @@ from .attention import AttentionCase, DecodeAttentionCase, VarlenAttentionCase
 from .base import Result, Work
 from .embeddings import EmbeddingCase, RopeCase
 from .losses import CrossEntropyCase, LinearCrossEntropyCase
-from .rows import ROW_INPUTS, ActivationLinearCase, LinearCase, RowCase
+from .rows import ROW_INPUTS, ActivationLinearCase, Fp8LinearCase, LinearCase, RowCase
 
 __all__ = [
     "ROW_INPUTS",
@@ -19,6 +19,7 @@ __all__ = [
     "CrossEntropyCase",
     "DecodeAttentionCase",
     "EmbeddingCase",
+    "Fp8LinearCase",
     "ActivationLinearCase",
     "LinearCase",
     "LinearCrossEntropyCase",

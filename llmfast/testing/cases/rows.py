@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import ops
+from ...ops.reference import fp8_product
 from .base import Defaults, Result, Work
 
 
@@ -129,6 +130,21 @@ class LinearCase(Defaults):
     def work(self, direction: str, itemsize: int) -> Work:
         """Matrix products: one forward, two backward."""
         return Work(0.0, 2.0 * self.rows * self.cols * self.width * (1 if direction == "fwd" else 2))
+
+
+@dataclass(frozen=True)
+class Fp8LinearCase(LinearCase):
+    """The same by 8-bit floats."""
+
+    op: str = "fp8_linear"
+
+    def ours(self, *tensors: Tensor, backend: str) -> Tensor:
+        return ops.fp8_linear(*tensors, backend=backend)
+
+    def torch(self, *tensors: Tensor) -> Tensor:
+        """PyTorch's product at the tensors' dtype, of what 8 bits hold."""
+        y = fp8_product(*tensors[:2])
+        return y + tensors[2] if self.bias else y
 
 
 @dataclass(frozen=True)
