@@ -60,6 +60,20 @@ def attention_limits(
     return None
 
 
+def attention_kernels(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> str:
+    """Which kernels run a call with `attention_limits`' arguments, and why not sm_90's own."""
+    softcap = options[-2]
+    if architecture(q.device) != 90:
+        return "portable kernels"
+    from .hopper import hopper_limits
+
+    said = []
+    for name, direction in (("forward", "fwd"), ("backward", "bwd")):
+        reason = hopper_limits(q, k, v, softcap, direction)
+        said.append(f"{name}: sm_90's own kernel" if reason is None else f"{name}: portable, sm_90's own {reason}")
+    return "; ".join(said)
+
+
 def _tiles(q: Tensor, direction: str, plain: bool) -> Tiles:
     """Tiles by direction, architecture and head dimension; small for float32, which uses no tensor cores, and for
     windows and capped scores, which take registers that Hopper's large ones have not."""
@@ -222,9 +236,9 @@ def _on_hopper(q: Tensor, k: Tensor, v: Tensor, softcap: float, direction: str) 
     """Whether sm_90's own kernel runs this. In Gluon, it is imported for that architecture alone."""
     if architecture(q.device) != 90:
         return False
-    from .hopper import runs_on_hopper
+    from .hopper import hopper_limits
 
-    return runs_on_hopper(q, k, v, softcap, direction)
+    return hopper_limits(q, k, v, softcap, direction) is None
 
 
 def _narrow(window: int | None, n_keys: int) -> int | None:
@@ -356,6 +370,10 @@ def attention_varlen_limits(
 ) -> str | None:
     """Why these kernels cannot run this call; None if they can."""
     return f"supports head_dim up to {MAX_HEAD_DIM}, not {q.shape[2]}" if q.shape[2] > MAX_HEAD_DIM else None
+
+
+def attention_varlen_kernels(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> str:
+    return attention_kernels(q[None], k[None], v[None], *options)
 
 
 def attention_varlen_fwd(

@@ -102,9 +102,16 @@ def head_rows(b, h, row, first, length, PACKED: gl.constexpr):
         return [b, h, row, 0]
 
 
-def runs_on_hopper(q: Tensor, k: Tensor, v: Tensor, softcap: float = 0.0, direction: str = "fwd") -> bool:
-    """Whether attention's kernel for this architecture, of one direction, takes these (B, T, H, D) tensors, causal or
-    not, with or without a window, and scores capped as far as their tanh is accurate, see `capped` in
+def hopper_limits(q: Tensor, k: Tensor, v: Tensor, softcap: float = 0.0, direction: str = "fwd") -> str | None:
+    """Why attention's kernel for this architecture, of one direction, cannot run these (B, T, H, D) tensors; None if it
+    can, causal or not, with or without a window. Scores are capped as far as their tanh is accurate, see `capped` in
     kernels/_hopper_scores.py."""
-    fits = q.element_size() == 2 and q.shape[3] <= MAX_HEAD_DIM[direction] and q.shape[3] % 8 == 0
-    return fits and softcap <= MAX_SOFTCAP and all(map(tma_readable, (q, k, v)))
+    if q.element_size() != 2:
+        return "takes 16-bit types alone"
+    if q.shape[3] > MAX_HEAD_DIM[direction] or q.shape[3] % 8:
+        return f"takes head dimensions up to {MAX_HEAD_DIM[direction]} that are multiples of 8, not {q.shape[3]}"
+    if softcap > MAX_SOFTCAP:
+        return f"takes a softcap up to {MAX_SOFTCAP:g}, not {softcap:g}"
+    if not all(map(tma_readable, (q, k, v))):
+        return "takes tensors that are not empty, addresses and strides of multiples of 16 bytes, and adjacent elements"
+    return None

@@ -33,8 +33,8 @@ class Backend:
 
     `module` is imported on first use and supplies `<op>_fwd` and, if the op has a gradient, `<op>_bwd` (tensors in,
     tensors out). Where it has limits beyond device and dtype, `<op>_limits(*args) -> str | None` tells the reason why
-    it cannot run a call. What an op's forward saves for its backward is the same for all backends of a device, so that
-    auto may mix them.
+    it cannot run a call; where it has several kernels, `<op>_kernels(*args) -> str` tells which run one. What an op's
+    forward saves for its backward is the same for all backends of a device, so that auto may mix them.
     """
 
     name: str
@@ -262,9 +262,11 @@ def explain(op: str, args: tuple[Any, ...]) -> str:
     taken, asked = chosen(op, args), current_backend()
     how = "chosen by auto" if asked == AUTO else f"chosen, as {asked} is asked for"
     lines = []
+    modules = {row.name: row.module for row in BACKENDS[op]}
     for name, reason in reasons(op, args).items():
+        kernels = getattr(_load(modules[name]), f"{op}_kernels", None) if reason is None and name in modules else None
         for direction, backend in zip(("forward", "backward"), taken, strict=True):
             if name == backend:
                 reason = how if taken == (name, name) else f"{how} for the {direction} pass"
-        lines.append(f"{op}: {name}: {reason or 'can run'}")
+        lines.append(f"{op}: {name}: {reason or 'can run'}" + (f" ({kernels(*args)})" if kernels else ""))
     return "\n".join(lines)

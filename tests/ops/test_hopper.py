@@ -36,20 +36,37 @@ def hopper() -> None:
 
 def test_runs_where_tma_can_read() -> None:
     pytest.importorskip("triton")
-    runs = importlib.import_module("llmfast.kernels.hopper").runs_on_hopper
+    limits = importlib.import_module("llmfast.kernels.hopper").hopper_limits
     q, k, v = torch.zeros(2, 5, 3 * 4, 64, dtype=torch.bfloat16).split(4, 2)
-    assert runs(q, k, v) and runs(q.half(), k.half(), v.half())
-    assert runs(q[..., :40], k[..., :40], v[..., :40]) and not runs(q[..., :36], k[..., :36], v[..., :36])
-    assert not runs(q.float(), k.float(), v.float())
-    assert runs(q, k, v, 50.0) and not runs(q, k, v, 1e4)
-    assert not runs(q, k[:, :0], v[:, :0])
+    assert limits(q, k, v) is limits(q.half(), k.half(), v.half()) is limits(q, k, v, 50.0) is None
+    assert limits(q[..., :40], k[..., :40], v[..., :40]) is None
+    assert "multiples of 8, not 36" in limits(q[..., :36], k[..., :36], v[..., :36])
+    assert "16-bit types" in limits(q.float(), k.float(), v.float())
+    assert "softcap up to 256, not 10000" in limits(q, k, v, 1e4)
+    assert "not empty" in limits(q, k[:, :0], v[:, :0])
     wide = torch.zeros(2, 5, 4, 67, dtype=torch.bfloat16)
-    assert not runs(q, wide[..., :64], v)  # strides of 134 bytes
-    assert not runs(q, k, torch.zeros(2 * 5 * 4 * 64 + 1, dtype=torch.bfloat16)[1:].view(2, 5, 4, 64))  # odd address
+    assert "strides" in limits(q, wide[..., :64], v)  # of 134 bytes
+    odd = torch.zeros(2 * 5 * 4 * 64 + 1, dtype=torch.bfloat16)[1:].view(2, 5, 4, 64)
+    assert "addresses" in limits(q, k, odd)
     large = (torch.zeros(1, 3, 1, 264, dtype=torch.bfloat16),) * 3
     fits = [t[..., :256] for t in large]
-    assert runs(*fits) and runs(*fits, 50.0) and not runs(*large)
-    assert not runs(*fits, direction="bwd") and runs(*(t[..., :128] for t in large), direction="bwd")
+    assert limits(*fits) is limits(*fits, 50.0) is None and "up to 256" in limits(*large)
+    assert "up to 128" in limits(*fits, direction="bwd")
+    assert limits(*(t[..., :128] for t in large), direction="bwd") is None
+
+
+def test_explain_says_which_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    portable = importlib.import_module("llmfast.kernels.attention")
+    monkeypatch.setattr(portable, "architecture", lambda device: 90)
+    q = torch.zeros(1, 5, 2, 256, dtype=torch.float16)
+    own, other = "sm_90's own kernel", "portable, sm_90's own takes head dimensions up to 128 that are multiples of 8"
+    assert f"({'forward: ' + own}; backward: {other}, not 256)" in llmfast.ops.explain("attention", q, q, q)
+    starts = torch.tensor([0, 5], dtype=torch.int32)
+    packed = *(q[0, ..., :64],) * 3, starts, starts, 5, 5
+    assert f"(forward: {own}; backward: {own})" in llmfast.ops.explain("attention_varlen", *packed)
+    monkeypatch.setattr(portable, "architecture", lambda device: 80)
+    assert "(portable kernels)" in llmfast.ops.explain("attention", q, q, q)
 
 
 @pytest.fixture
