@@ -6,7 +6,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,8 @@ class Row:
     accurate: bool | None
     """Whether the accuracy rule holds on these very inputs; None for peers, which are not checked."""
     note: str = ""
+    peak_bytes: int | None = None
+    """On a GPU, the most memory that one call took at once beside what was held before it."""
 
 
 def main(op: str, argv: list[str] | None = None) -> None:
@@ -182,17 +184,17 @@ def _time(
         return empty
     try:
         if direction == "fwd":
-            with torch.no_grad():
-                ms = milliseconds(lambda: function(*inputs), inputs[0].device)
+            timed = torch.no_grad()(lambda: function(*inputs))
         else:
             outs = outputs(function(*inputs))
             grads = upstream(outs, grad)
 
-            def backward() -> object:
+            def timed() -> object:
                 given = outputs(function(*inputs)) if case.joint else outs
                 return torch.autograd.grad(given, inputs, grads, retain_graph=not case.joint)
 
-            ms = milliseconds(backward, inputs[0].device)
+        ms = milliseconds(timed, inputs[0].device)
+        peak = _peak_bytes(timed, inputs[0].device)
     except Exception as error:  # a peer may refuse a shape with any error: the table shows which
         if ours:
             raise
@@ -202,7 +204,16 @@ def _time(
     bound = work.flops > 0
     rate = (work.flops if bound else work.bytes) / (ms * 1e-3)
     share = rate / (ceiling.flops if bound else ceiling.bytes_per_s)
-    return Row(case.op, case.label, direction, name, ours, ms, rate, share, accurate, note)
+    return Row(case.op, case.label, direction, name, ours, ms, rate, share, accurate, note, peak)
+
+
+def _peak_bytes(function: Callable[[], object], device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    function()
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def best_peer(rows: list[Row], row: Row) -> Row | None:
@@ -217,17 +228,18 @@ def _print(console: Console, rows: list[Row], record: dict[str, Any], ceiling: C
     console.print(f"ceilings measured now: {ceiling.bytes_per_s / 1e12:.2f} TB/s, {ceiling.flops / 1e12:.1f} TFLOP/s")
     unit = record["unit"]
     table = Table()
-    for heading in ("case", "", "provider", "ms", unit, "of ceiling", "vs best peer", "accurate"):
-        number = heading in ("ms", unit, "of ceiling", "vs best peer")
+    for heading in ("case", "", "provider", "ms", unit, "of ceiling", "vs best peer", "peak MB", "accurate"):
+        number = heading not in ("case", "", "provider", "accurate")
         table.add_column(heading, justify="right" if number else "left", no_wrap=True)
     for row in rows:
         accurate = {None: "", True: "yes", False: "NO"}[row.accurate]
         if row.ms is None or row.rate is None or row.share is None:
-            table.add_row(row.case, row.direction, row.provider, "-", "", "", "", accurate)
+            table.add_row(row.case, row.direction, row.provider, "-", "", "", "", "", accurate)
             continue
         peer = best_peer(rows, row)
         ratio = f"{peer.ms / row.ms:.2f}x" if row.ours and peer and peer.ms else ""
-        figures = (f"{row.ms:.4f}", f"{row.rate / 1e12:.3g}", f"{row.share:.0%}", ratio)
+        memory = "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}"
+        figures = (f"{row.ms:.4f}", f"{row.rate / 1e12:.3g}", f"{row.share:.0%}", ratio, memory)
         table.add_row(row.case, row.direction, row.provider, *figures, accurate)
     console.print(table)
     for note in dict.fromkeys(f"{row.provider}: {row.note}" for row in rows if row.note):

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .cases import AttentionCase, Case, CrossEntropyCase, DecodeAttentionCase, LinearCrossEntropyCase, Result
+from .cases import (
+    AttentionCase,
+    Case,
+    CrossEntropyCase,
+    DecodeAttentionCase,
+    LinearCrossEntropyCase,
+    Result,
+    VarlenAttentionCase,
+)
+from .cases.attention import starts_of
 
 Function = Callable[..., Result]
 
@@ -39,6 +48,20 @@ def _flash_attention_4(case: Case) -> Function:
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out: Any = attend(q, k, v, causal=causal)
+        return out[0] if isinstance(out, tuple) else out
+
+    return run
+
+
+def _flash_attention_4_varlen(case: Case) -> Function:
+    attend = importlib.import_module("flash_attn.cute").flash_attn_varlen_func
+    assert isinstance(case, VarlenAttentionCase)
+    queries, keys = zip(*case.lengths, strict=True)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        places = {"cu_seqlens_q": starts_of(queries, q.device), "cu_seqlens_k": starts_of(keys, q.device)}
+        sizes = {"max_seqlen_q": max(queries), "max_seqlen_k": max(keys)}
+        out: Any = attend(q, k, v, **places, **sizes, causal=case.causal)
         return out[0] if isinstance(out, tuple) else out
 
     return run
@@ -96,6 +119,7 @@ _LIBRARIES: dict[str, dict[str, Callable[[Case], Function]]] = {
     "cross_entropy": {"QuACK": _quack("cross_entropy")},
     "linear_cross_entropy": {"Liger": _liger_linear_cross_entropy},
     "swiglu": {"Liger": _liger_swiglu},
+    "attention_varlen": {"FlashAttention-4": _flash_attention_4_varlen},
 }
 
 

@@ -254,6 +254,11 @@ BENCHMARK_CASES: dict[str, list[Case]] = {
     "linear_cross_entropy": [LinearCrossEntropyCase(32768, 768, 50304), LinearCrossEntropyCase(8192, 4096, 128256)],
     "embedding": [EmbeddingCase(65536, 50304, 768), EmbeddingCase(16384, 128256, 4096), EmbeddingCase(65536, 256, 768)],
     "attention": _attention_benchmark(),
+    "attention_varlen": [
+        VarlenAttentionCase(((n, n),) * (16384 // n), 2048 // d, 2048 // d, d, True)
+        for d in (64, 128)
+        for n in (512, 4096)
+    ],
     "decode_attention": [
         *(DecodeAttentionCase(batch, 1, 16384, 64, 8, 128) for batch in (1, 4, 16, 64)),
         *(DecodeAttentionCase(16, tokens, 16384, 64, 8, 128) for tokens in (4, 8)),

@@ -104,7 +104,7 @@ class AttentionCase(Defaults):
 
 
 @functools.cache
-def _starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+def starts_of(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device)
 
 
@@ -124,6 +124,8 @@ class VarlenAttentionCase(Defaults):
     @property
     def label(self) -> str:
         lengths = "+".join(str(q) if q == k else f"{q}/{k}" for q, k in self.lengths) or "nothing"
+        if len(self.lengths) > 2 and len(set(self.lengths)) == 1:
+            lengths = f"{len(self.lengths)}x{lengths.split('+')[0]}"
         label = f"T{lengths} H{self.heads}/{self.kv_heads} D{self.head_dim} {'causal' if self.causal else 'full'}"
         return label + f" window {self.window}" * bool(self.window) + f" softcap {self.softcap:g}" * bool(self.softcap)
 
@@ -147,7 +149,7 @@ class VarlenAttentionCase(Defaults):
     def ours(self, *tensors: Tensor, backend: str) -> Tensor:
         queries, keys = zip(*self.lengths, strict=True) if self.lengths else ((), ())
         q, k, v = tensors
-        starts = [_starts(tuple(n), q.device) for n in (queries, keys)]
+        starts = [starts_of(tuple(n), q.device) for n in (queries, keys)]
         options = {"causal": self.causal, "window": self.window, "softcap": self.softcap}
         return ops.attention_varlen(
             q, k, v, starts[0], starts[1], max((0, *queries)), max((0, *keys)), backend=backend, **options
