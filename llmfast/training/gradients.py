@@ -50,6 +50,6 @@ class Gradients:
                 self._run(self.batch, self.weight)
         torch.cuda.current_stream(self.device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, stream=stream):  # whose default is one stream of the first device to record
             self.loss = self._run(self.batch, self.weight)
         torch.cuda.set_rng_state(random_state, self.device)
