@@ -176,9 +176,10 @@ for head_dim in (64, 128, 256):
     lengths = ((200, 200), (56, 56))
     CASES[f"{head_dim} 256 packed window"] = VarlenAttentionCase(lengths, 2, 1, head_dim, True, window=100)
     CASES[f"{head_dim} 256 window capped"] = AttentionCase(1, 256, 256, 2, 1, head_dim, True, window=100, softcap=20.0)
+CASES["64 2048 window"] = AttentionCase(1, 2048, 2048, 2, 1, 64, True, window=100)
 for name, case in CASES.items():
     inputs = make_inputs(case, "cpu", torch.bfloat16)
-    if "window" in name and case.head_dim <= 128:
+    if case.head_dim <= 128 and "2048" not in name:
         compiled = offline.launched(case, torch.bfloat16, 90)
     else:
         compiled = offline.launches(90, lambda: case.ours(*inputs, backend="triton"))
@@ -194,8 +195,8 @@ for name, case in CASES.items():
 
 @pytest.fixture(scope="module")
 def machine_code(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Instruction]]:
-    """Of each case of COMPILE, forward, and backward with windows, up to 128. Compiled in another process: Triton's
-    interpreter, which this one may have chosen, compiles nothing."""
+    """Of each case of COMPILE, forward, and backward, whose kernel is one for all lengths, up to 128. Compiled in a
+    process of its own: Triton's interpreter, which this one may have chosen, compiles nothing."""
     pytest.importorskip("triton")
     where = tmp_path_factory.mktemp("sass")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -203,7 +204,7 @@ def machine_code(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Ins
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (root, env.get("PYTHONPATH"))))
     subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILE, where], env=env, check=True)
     code = {file.stem: instructions(file.read_text()) for file in where.glob("*.sass")}
-    assert len(code) == 14 + 4
+    assert len(code) == 15 + 8
     return code
 
 
@@ -266,10 +267,14 @@ def test_operands_are_not_overwritten(machine_code: dict[str, list[Instruction]]
         assert overwritten(code) == [], case
 
 
+def spills(loop: list[Instruction]) -> int:
+    return sum(op.split(".")[0] in ("LDL", "STL") for op, _ in loop)
+
+
 def test_inner_loops(machine_code: dict[str, list[Instruction]]) -> None:
     """Forward, one for each warpgroup. The scores of a block and the output of the one before are started together,
-    before the wait for either, so that the tensor cores go through both without a gap; nothing is spilled, but that
-    Triton 3.9 reloads one number at 256."""
+    before the wait for either, so that the tensor cores go through both without a gap. Nothing is spilled by Triton
+    3.6; by 3.9 one number at 256, and 12 of three warpgroups with a window."""
     for case, code in machine_code.items():
         direction, head_dim, length, *_ = case.split()
         keys = 64 if head_dim == "256" else 128
@@ -282,12 +287,12 @@ def test_inner_loops(machine_code: dict[str, list[Instruction]]) -> None:
             assert len(products) == int(head_dim) // 16 + keys // 16 and len(waits) == 2, case
             assert products[-1] < waits[0], case
             assert ops.count("MUFU.EX2") == (keys if "capped" in case else keys // 2) + 2, case
-            assert sum(op.split(".")[0] in ("LDL", "STL") for op in ops) <= (head_dim == "256"), case
+            assert spills(loop) <= (24 if case == "fwd 64 2048 window" else head_dim == "256"), case
 
 
 def test_inner_loops_backward(machine_code: dict[str, list[Instruction]]) -> None:
     """A step's products are waited for four times, not each on its own as ptxas has it when it gives up (C7510, C7514);
-    what is spilled is little beside their operands."""
+    what is spilled is little beside their operands: by Triton 3.6 at most 10 instructions, 21 with windows."""
     for case, code in machine_code.items():
         head_dim = int(case.split()[1])
         queries = 128 if head_dim == 64 else 64
@@ -297,4 +302,4 @@ def test_inner_loops_backward(machine_code: dict[str, list[Instruction]]) -> Non
             assert sum(op.startswith("HGMMA") for op in ops) == (2 * head_dim + 2 * queries + 128) // 16, case
             assert sum(op.startswith("WARPGROUP.DEPBAR") for op in ops) == 4, case
             assert ops.count("MUFU.EX2") == (queries if "capped" in case else queries // 2), case
-            assert sum(op.split(".")[0] in ("LDL", "STL") for op in ops) < 80, case
+            assert spills(loop) <= (64 if "capped" in case else 28 if "window" in case else 24), case
