@@ -7,7 +7,8 @@ fast.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 from . import functional
 from .activations import GELU, Softmax
+from .layers import Embedding, Linear
 from .loss import CrossEntropyLoss
 from .norms import LayerNorm, RMSNorm
 
-__all__ = ["GELU", "CrossEntropyLoss", "LayerNorm", "RMSNorm", "Softmax", "functional"]
+__all__ = ["GELU", "CrossEntropyLoss", "Embedding", "LayerNorm", "Linear", "RMSNorm", "Softmax", "functional"]

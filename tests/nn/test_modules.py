@@ -23,6 +23,8 @@ CASES: list[tuple[str, dict[str, Any], tuple[int, ...]]] = [
     ("RMSNorm", {"normalized_shape": 6, "elementwise_affine": False}, (4, 6)),
     ("GELU", {}, (4, 6)),
     ("GELU", {"approximate": "tanh"}, (4, 6)),
+    ("Linear", {"in_features": 6, "out_features": 6}, (2, 4, 6)),
+    ("Linear", {"in_features": 6, "out_features": 6, "bias": False}, (4, 6)),
     ("Softmax", {"dim": -1}, (4, 6)),
     ("Softmax", {"dim": 0}, (4, 6)),
     ("Softmax", {"dim": 1}, (2, 3, 4)),
@@ -42,6 +44,24 @@ def test_equals_torch(name: str, arguments: dict[str, Any], shape: tuple[int, ..
         y = module(x)
         results.append([y, *torch.autograd.grad(y, [x, *module.parameters()], grad)])
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 2}, {"padding_idx": -1}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+def test_embedding_equals_torch(options: dict[str, Any], dtype: torch.dtype, device: str) -> None:
+    ours, theirs = (m.Embedding(9, 6, **options).to(device) for m in (fast, torch.nn))
+    assert ours.load_state_dict(theirs.state_dict()) and repr(ours) == repr(theirs)
+    ids = torch.tensor([[2, 8, 2], [0, 3, 8]], dtype=dtype, device=device)
+    grad = torch.randn(2, 3, 6, device=device)
+    results = [[y := m(ids), *torch.autograd.grad(y, m.weight, grad)] for m in (ours, theirs)]
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("option", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}], ids=str)
+def test_embeddings_that_only_torch_has_are_refused(option: dict[str, Any]) -> None:
+    (name,) = option
+    with pytest.raises(InputError, match=f"Embedding: {name} is "):
+        fast.Embedding(9, 6, **option)(torch.tensor([3]))
 
 
 @pytest.mark.parametrize(
