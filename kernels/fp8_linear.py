@@ -85,7 +85,7 @@ def _product(
     float32, which gets a product of its own.
     """
     if dtype == torch.float32:
-        out = a.float() @ b.float().t() * (scale_a * scale_b)
+        out = a.float() @ b.float().t() * scale_a * scale_b
         return out if bias is None else out + bias
     bias = None if bias is None else bias.to(dtype)
     product = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
