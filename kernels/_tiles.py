@@ -1,9 +1,12 @@
-"""What attention's kernels do with tiles of a head: load, store, multiply; cap scores, and tell who sees what."""
+"""What attention's kernels do with tiles of a head: load, store, multiply; cap scores, and tell who sees what. Zeros in
+rows that no tile reaches."""
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ._common import LOG2E
+from ._common import LOG2E, multiprocessors
+from ._launch import launch
 
 # Lengths, head counts and windows change from call to call: specialising on them would compile again for no speed.
 SIZES = ("heads", "group", "n_queries", "n_keys", "s_sb", "s_sh", "window")
@@ -74,3 +77,42 @@ def _length(Starts, b, length, PACKED: tl.constexpr):
     if PACKED:
         return tl.load(Starts + b + 1) - tl.load(Starts + b)
     return length
+
+
+@triton.jit
+def _zero_rows(X, Starts, sequences, n_rows, stride, width, BLOCK: tl.constexpr):
+    """Zeros in this program's share of the rows from Starts[sequences] on, of X (n_rows, width)."""
+    for row in range(tl.load(Starts + sequences) + tl.program_id(0), n_rows, tl.num_programs(0)):
+        for start in range(0, width, BLOCK):
+            col = start + tl.arange(0, BLOCK)
+            at = (tl.zeros([], tl.int64) + row) * stride + col
+            tl.store(X + at, tl.zeros([BLOCK], X.dtype.element_ty), mask=col < width)
+
+
+@triton.jit(do_not_specialize=("sequences", "n_queries", "n_keys"))
+def _zero_rest_kernel(
+    Q, K, V, QueryStarts, KeyStarts, sequences, n_queries, n_keys, q_stride, k_stride, q_width, k_width,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Zeros after the last of packed sequences, in Q (n_queries, q_width) alone or also in K and V (n_keys, k_width),
+    each by programs of its own; where sequences fill them, these return at once."""
+    tensor = tl.program_id(1)
+    if tensor == 0:
+        _zero_rows(Q, QueryStarts, sequences, n_queries, q_stride, q_width, BLOCK)
+    elif tensor == 1:
+        _zero_rows(K, KeyStarts, sequences, n_keys, k_stride, k_width, BLOCK)
+    else:
+        _zero_rows(V, KeyStarts, sequences, n_keys, k_stride, k_width, BLOCK)
+
+
+def zero_rest(query_starts: Tensor, key_starts: Tensor, q: Tensor, *kv: Tensor) -> None:
+    """Zeros after the last sequence in q (all queries, H, D) and, where given, k and v (all keys, Hkv, D), which share
+    strides; heads are adjacent. Starts: (sequences + 1,), which the host does not read."""
+    k, v = kv or (q, q)
+    rows = max(q.shape[0], k.shape[0])
+    if rows > 0:
+        launch(
+            _zero_rest_kernel, (min(rows, 2 * multiprocessors(q.device)), 1 + len(kv)),
+            q, k, v, query_starts, key_starts, query_starts.shape[0] - 1, q.shape[0], k.shape[0], q.stride(0),
+            k.stride(0), q.shape[1] * q.shape[2], k.shape[1] * k.shape[2], BLOCK=1024, num_warps=4,
+        )  # fmt: skip

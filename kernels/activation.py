@@ -99,7 +99,9 @@ def _activation_bwd_kernel(
     contiguous, and may be DY; Partial: (walkers, n_cols) fp32.
     """
     columns = tl.cdiv(n_cols, BLOCK)
-    walker, walkers = tl.program_id(0) // columns, tl.num_programs(0) // columns
+    # Of n_rows' type: that is int64 where rows number 2^31 or more, while elsewhere it would cost registers.
+    zero = 0 * n_rows
+    walker, walkers = tl.program_id(0) // columns + zero, tl.num_programs(0) // columns + zero
     column = tl.program_id(0) % columns * BLOCK + tl.arange(0, BLOCK)
     col = column[None, :]
     EXACT: tl.constexpr = DX.dtype.element_ty == tl.float32

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ._common import LOG2E, architecture, cdiv, exponential, gradients_like, new_like, next_power_of_2
 from ._launch import launch
-from ._tiles import SIZES, _capped, _dot, _first, _length, _sees, _store_tile, _tile
+from ._tiles import SIZES, _capped, _dot, _first, _length, _sees, _store_tile, _tile, zero_rest
 from .attention_bwd import _attention_dkdv_kernel, _attention_dq_kernel, _attention_rows_kernel
 
 MAX_HEAD_DIM = 256
@@ -264,8 +264,9 @@ def _forward(
     q, k, v = _readable(q), _readable(k), _readable(v)
     heads, head_dim = q.shape[2:]
     out = new_like(q)
-    statistics = torch.empty((2, q.shape[0], heads, q.shape[1]), dtype=torch.float32, device=q.device)
-    if out.numel() == 0:
+    new = torch.empty if packed is None else torch.zeros  # of a query after the last sequence, which sees no key
+    statistics = new((2, q.shape[0], heads, q.shape[1]), dtype=torch.float32, device=q.device)
+    if out.numel() == 0 or batch == 0:
         return out, statistics
     if _on_hopper(q, k, v, softcap, "fwd"):
         from .attention_hopper import attention_hopper_fwd
@@ -289,7 +290,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch, n_queries, n_keys = _sizes(q, k, packed)
     window = _narrow(window, n_keys)
-    if _on_hopper(q, k, v, softcap, "bwd"):
+    if batch > 0 and _on_hopper(q, k, v, softcap, "bwd"):
         from .attention_hopper_bwd import attention_hopper_bwd
 
         return attention_hopper_bwd(dout, q, k, v, out, statistics, causal, scale, window, softcap, packed)
@@ -393,6 +394,7 @@ def attention_varlen_fwd(
     """q: (all queries, H, D); k, v: (all keys, Hkv, D) -> out as q; attention_fwd's statistics (2, H, all queries)."""
     packed = Packed(query_starts, key_starts, max_queries, max_keys)
     out, statistics = _forward(q[None], k[None], v[None], packed, causal, scale, window, softcap)
+    zero_rest(query_starts, key_starts, out[0])
     return out[0], statistics[:, 0]
 
 
@@ -404,5 +406,6 @@ def attention_varlen_bwd(
     """The forward's tensors and the gradient of `out` -> dq, dk, dv, in memory as `gradients_like` gives it."""
     packed = Packed(query_starts, key_starts, max_queries, max_keys)
     tensors = (t[None] for t in (dout, q, k, v, out))
-    dq, dk, dv = _backward(*tensors, statistics[:, None], packed, causal, scale, window, softcap)
-    return dq[0], dk[0], dv[0]
+    dq, dk, dv = (t[0] for t in _backward(*tensors, statistics[:, None], packed, causal, scale, window, softcap))
+    zero_rest(query_starts, key_starts, dq, dk, dv)
+    return dq, dk, dv

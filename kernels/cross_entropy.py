@@ -283,10 +283,12 @@ def cross_entropy_bwd(
     n_classes: int,
     in_place: bool,
 ) -> Tensor:
-    """-> dlogits, of logits' dtype: `logits` itself, overwritten, if `in_place`, else contiguous."""
+    """-> dlogits, of logits' dtype: `logits` itself, overwritten, if `in_place` and its elements are adjacent, in rows
+    that share no memory, as an expanded tensor's do; else contiguous."""
     rows = as_rows(logits)  # a copy where its elements are not adjacent
-    dx = rows if in_place else new_like(logits)
     n_rows, n_cols = rows.shape
+    in_place = in_place and (n_rows < 2 or rows.stride(0) >= n_cols)
+    dx = rows if in_place else new_like(logits)
     if n_rows > 0:
         block = min(BWD_BLOCK, max(128, next_power_of_2(n_cols)))
         launch(
@@ -295,9 +297,7 @@ def cross_entropy_bwd(
             rows.stride(0), dx.stride(0), n_cols, n_classes, ignore_index, label_smoothing, z_loss,
             MEAN=reduction == "mean", PADDED=n_cols != n_classes, BLOCK=block, num_warps=max(1, block // 512),
         )  # fmt: skip
-    if not in_place:
-        return dx
-    return logits if rows.data_ptr() == logits.data_ptr() else logits.copy_(rows)
+    return logits if in_place and rows.data_ptr() == logits.data_ptr() else dx
 
 
 def cross_entropy_limits(

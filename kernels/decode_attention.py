@@ -146,7 +146,8 @@ def _decode_kernel(
     col = tl.arange(0, BLOCK_D)
     query, head = row // group, h * group + row % group
     inside = (query < n_queries)[:, None] & (col < D)[None, :]
-    q = tl.load(Q + b * q_sb + (query * q_st + head * q_sh)[:, None] + col[None, :], mask=inside, other=0.0)
+    at = b * q_sb + query.to(tl.int64) * q_st + head.to(tl.int64) * q_sh
+    q = tl.load(Q + at[:, None] + col[None, :], mask=inside, other=0.0)
     seen = length - (n_queries - 1 - query)
     EXACT: tl.constexpr = q.dtype == tl.float32
     factor = scale if EXACT else scale * LOG2E
@@ -236,6 +237,8 @@ def decode_attention_fwd(
     page, kv_heads = k_cache.shape[1:3]
     paged = block_table is not None
     table = block_table if paged else q  # any tensor will do where there is none
+    if paged and table.stride(1) != 1:
+        table = table.contiguous()
     capacity = page * table.shape[1] if paged else page
     device, group = q.device, heads // kv_heads
     arch = architecture(device)
@@ -248,7 +251,7 @@ def decode_attention_fwd(
     if plan.splits > 1:
         n_parts = batch * n_queries * heads * plan.splits
         partial, maxima, sums = (q.new_empty(n, dtype=torch.float32) for n in (n_parts * head_dim, n_parts, n_parts))
-    counts = q if lengths is None else lengths
+    counts = q if lengths is None else lengths.contiguous()
     decode.launch(
         (plan.row_tiles * batch * kv_heads * plan.splits,),
         q, k_cache, v_cache, counts, table, out, partial, maxima, sums,

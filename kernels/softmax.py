@@ -26,7 +26,8 @@ def _visible(Mask, row, col, mask_strides, sizes, n_cols, HAS_MASK: tl.constexpr
         first_stride, second_stride, query_stride, col_stride = mask_strides
         outer = row // queries
         at = (outer // second) * first_stride + (outer % second) * second_stride + query * query_stride
-        visible = visible & (tl.load(Mask + at + col * col_stride, mask=visible, other=0) != 0)
+        at += col.to(tl.int64) * col_stride  # in int64, as rows are: a transposed mask's columns lie far apart
+        visible = visible & (tl.load(Mask + at, mask=visible, other=0) != 0)
     if CAUSAL:  # aligned bottom right
         visible = visible & (col <= query + (n_cols - queries))
     return visible

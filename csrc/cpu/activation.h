@@ -11,14 +11,16 @@ constexpr float kCubic = 0.044715f;
 template <bool kTanh>
 inline Vec gelu(Vec x) {
   if constexpr (kTanh) return x * sigmoid(kTwoRootTwoOverPi * (x + kCubic * x * x * x));
-  return 0.5f * x * (1.0f + erf(0.70710678f * x));
+  const Vec half = 0.5f * x;
+  return half + half * erf_of_root_half(x);
 }
 
-// sigmoid(x) and its derivative, without the cancellation of 1 - sigmoid for large x.
+// sigmoid(x) for x >= -80 and its derivative, without the cancellation of 1 - sigmoid for large x. Below, where both
+// are less than 1e-34, callers take -80 for x, also where they multiply by it.
 struct Sigmoid {
   Vec value, slope;
   explicit Sigmoid(Vec x) {
-    const Vec t = exp(-max(x, splat(-80.0f)));
+    const Vec t = exp(-x);
     value = 1.0f / (1.0f + t);
     slope = t * value * value;
   }
@@ -27,10 +29,11 @@ struct Sigmoid {
 template <bool kTanh>
 inline Vec gelu_slope(Vec x) {
   if constexpr (kTanh) {
+    x = min(splat(15.0f), max(splat(-9.6f), x));  // 0 or 1 from there on; s takes -78 and more
     const Sigmoid s(kTwoRootTwoOverPi * (x + kCubic * x * x * x));
     return s.value + x * s.slope * kTwoRootTwoOverPi * (1.0f + 3.0f * kCubic * x * x);
   }
-  return 0.5f * (1.0f + erf(0.70710678f * x)) + x * 0.39894228f * exp(-0.5f * x * x);
+  return 0.5f + 0.5f * erf_of_root_half(x) + x * 0.39894228f * exp(-0.5f * x * x);
 }
 
 template <class T, bool kTanh>
@@ -113,7 +116,7 @@ void swiglu_bwd(const SwiGLUBwd& a, int64_t begin, int64_t end) {
     T* dgate = static_cast<T*>(a.dgate) + row * a.cols;
     T* dup = static_cast<T*>(a.dup) + row * a.cols;
     sweep(a.cols, [&](int64_t i, auto part) {
-      const Vec d = load(dy + i, part), g = load(gate + i, part);
+      const Vec d = load(dy + i, part), g = max(splat(-80.0f), load(gate + i, part));
       const Sigmoid s(g);
       store(dgate + i, d * load(up + i, part) * (s.value + g * s.slope), part);
       store(dup + i, d * g * s.value, part);

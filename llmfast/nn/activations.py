@@ -19,6 +19,8 @@ class Softmax(nn.Softmax):
     def forward(self, input: Tensor) -> Tensor:
         if self.dim is None:
             raise InputError("Softmax: dim is None; say which dimension sums to 1, as Softmax(dim=-1)")
-        if self.dim % input.dim() == input.dim() - 1:
+        if input.dim() == 0:  # a row of one
+            return self.forward(input[None])[0]
+        if self.dim in (-1, input.dim() - 1):
             return ops.softmax(input)
         return ops.softmax(input.transpose(self.dim, -1)).transpose(self.dim, -1)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import ops
@@ -11,9 +12,9 @@ from ..errors import InputError
 class CrossEntropyLoss(nn.CrossEntropyLoss):
     """torch.nn.CrossEntropyLoss of class indices; weights of classes and targets that are probabilities are refused.
 
-    input: (N, C), (C,) or (N, C, d1, ...); target: (N,), () or (N, d1, ...) int64. The loss is float32 for a 16-bit
-    input, and the mean over no target is 0 where PyTorch's is NaN. `z_loss` and `in_place` are those of
-    `llmfast.ops.cross_entropy`.
+    input: (N, C), (C,) or (N, C, d1, ...); target: (N,), () or (N, d1, ...) int64, or uint8, which PyTorch takes of the
+    first two alone. The loss is float32 for a 16-bit input, and the mean over no target is 0 where PyTorch's is NaN.
+    `z_loss` and `in_place` are those of `llmfast.ops.cross_entropy`.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
                 f"CrossEntropyLoss: input is {tuple(input.shape)} and target {tuple(target.shape)}; they must be"
                 " (N, C) and (N,), (C,) and (), or (N, C, d1, ...) and (N, d1, ...)"
             )
+        target = target.long() if target.dtype is torch.uint8 else target
         logits = input.movedim(classes, -1)
         loss = ops.cross_entropy(
             logits.reshape(-1, logits.shape[-1]),

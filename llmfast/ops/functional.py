@@ -125,7 +125,8 @@ def attention_varlen(
 
     q: (all queries, H, D); k, v: (all keys, Hkv, D); cu_seqlens: (B + 1,) int32, where each sequence begins and the
     last ends, on the tensors' device, from which the host does not read them; max_seqlen: at least the longest.
-    -> (all queries, H, D), with `return_lse` also (H, all queries).
+    -> (all queries, H, D), with `return_lse` also (H, all queries). Rows after the last sequence, which fill up a total
+    that a CUDA graph has fixed, may hold anything: they give zeros (-inf for the log-sum-exp), and get zero gradients.
     """
     options = {"causal": causal, "scale": scale, "window": window, "softcap": softcap, "return_lse": return_lse}
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)

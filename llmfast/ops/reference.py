@@ -118,7 +118,8 @@ def attention_varlen(
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` of sequences that lie one after another: q (all queries, H, D); k, v (all keys, Hkv, D). Sequence b
-    has the rows from starts[b] to starts[b + 1], of which there may be none. Log-sum-exp: (H, all queries)."""
+    has the rows from starts[b] to starts[b + 1], of which there may be none. Queries after the last give zeros.
+    Log-sum-exp: (H, all queries)."""
     outs, lses = [q[:0]], [q.new_empty((q.shape[1], 0), dtype=_accumulation_dtype(q))]
     first_q, first_k = query_starts.tolist(), key_starts.tolist()
     for i in range(len(first_q) - 1):
@@ -127,8 +128,11 @@ def attention_varlen(
         out, lse = attention(*tensors, causal, scale, window, softcap, True)
         outs.append(out[0])
         lses.append(lse[0])
-    out = torch.cat(outs) + 0 * (k.sum() + v.sum()).to(q.dtype)  # of keys that no query saw, too, the gradient is 0
-    return (out, torch.cat(lses, 1)) if return_lse else out
+    held, rest = first_k[-1], q.shape[0] - first_q[-1]
+    # Of keys that no query saw, too, the gradient is 0.
+    out = torch.cat(outs) + 0 * (k[:held].sum() + v[:held].sum()).to(q.dtype)
+    out, lse = F.pad(out, (0, 0, 0, 0, 0, rest)), F.pad(torch.cat(lses, 1), (0, rest), value=-math.inf)
+    return (out, lse) if return_lse else out
 
 
 def decode_attention(

@@ -155,6 +155,31 @@ def test_every_instruction_set(variant: str, op: str, dtype: torch.dtype, select
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_activations_far_from_zero(variant: str, dtype: torch.dtype, select: Callable[[str], bool]) -> None:
+    """They are x or 0, and their slopes 1 or 0, alone and before a linear layer: a large x magnifies no remainder."""
+    if not select(variant):
+        pytest.skip(f"this CPU has no {variant}")
+    values = torch.tensor([-1e38, -1e12, -1e4, -100.0, 100.0, 1e4, 1e38], dtype=dtype).repeat(7)
+    x, weight = values.clone().requires_grad_(), torch.eye(len(values), dtype=dtype)
+    for y in (
+        ops.gelu(x, backend="cpp"),
+        ops.gelu(x, approximate="tanh", backend="cpp"),
+        ops.bias_gelu(x, torch.zeros_like(values), backend="cpp"),
+        ops.activation_linear(x[None], weight, activation="gelu", backend="cpp")[0],
+        ops.activation_linear(x[None], weight, activation="gelu_tanh", backend="cpp")[0],
+    ):
+        torch.testing.assert_close(y, values.clamp(min=0), rtol=0, atol=0)
+        (slope,) = torch.autograd.grad(y.sum(), x)
+        torch.testing.assert_close(slope, (values > 0).to(dtype), rtol=0, atol=1e-30)
+    up = torch.ones_like(values).requires_grad_()
+    slopes = torch.autograd.grad(ops.swiglu(x, up, backend="cpp").sum(), (x, up))
+    torch.testing.assert_close(slopes, ((values > 0).to(dtype), values.clamp(min=0)), rtol=0, atol=1e-30)
+    limits = ops.gelu(torch.tensor([float("-inf"), float("nan"), float("inf")], dtype=dtype), backend="cpp")
+    assert limits.isnan().tolist() == [True, True, False] and limits[2] == float("inf")  # PyTorch has -inf times 0, too
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_attention_on_every_instruction_set(variant: str, dtype: torch.dtype, select: Callable[[str], bool]) -> None:
     """And with no gradient wanted, when few queries take the path that decoding does."""
     if not select(variant):

@@ -85,6 +85,32 @@ def test_cross_entropy_equals_torch(
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("options", [{}, {"ignore_index": 2}, {"label_smoothing": 0.1}], ids=str)
+def test_cross_entropy_of_uint8_targets_equals_torch(options: dict[str, Any], device: str) -> None:
+    x, target = torch.randn(4, 6, device=device), torch.tensor([0, 5, 2, 2], dtype=torch.uint8, device=device)
+    losses = [m.CrossEntropyLoss(**options)(x[:n], target[:n]) for m in (fast, torch.nn) for n in (4, 1)]
+    torch.testing.assert_close(losses[:2], losses[2:])
+    one = [m.CrossEntropyLoss(**options)(x[0], target[0]) for m in (fast, torch.nn)]
+    torch.testing.assert_close(*one)
+
+
+@pytest.mark.parametrize(("shape", "dims"), [((2, 3), range(-4, 6)), ((), range(-3, 3))], ids=["matrix", "number"])
+def test_softmax_takes_the_dimensions_that_torch_takes(shape: tuple[int, ...], dims: range, device: str) -> None:
+    x = torch.randn(shape, device=device, requires_grad=True)
+    for dim in dims:
+        said = []
+        for module in (fast.Softmax(dim), torch.nn.Softmax(dim)):
+            try:
+                y = module(x)
+                said.append([y, *torch.autograd.grad(y.sum(), x)])
+            except IndexError as error:
+                said.append(str(error))
+        if isinstance(said[1], str):
+            assert said[0] == said[1]
+        else:
+            torch.testing.assert_close(*said)
+
+
 def test_float32_parameters_beside_a_16_bit_input(device: str) -> None:
     x = torch.randn(4, 6, device=device).bfloat16()
     for module in (fast.LayerNorm(6), fast.RMSNorm(6)):

@@ -118,6 +118,17 @@ def test_in_place_of_rows_that_are_not_adjacent(device: str) -> None:
     assert torch.equal(torch.autograd.grad(loss, leaf)[0], expected[1])
 
 
+@pytest.mark.parametrize("backend", ["triton", "cpp", REFERENCE])
+@pytest.mark.parametrize("strides", [(0, 1), (2, 1), (1, 0), (1, 2)], ids=str)
+def test_in_place_of_rows_that_share_memory(strides: tuple[int, int], backend: str, device: str) -> None:
+    """As an expanded tensor's do: each row's gradient is its own, and the logits are left alone."""
+    memory, targets = torch.randn(100, device=device), torch.tensor([4, -100, 0, 8, 7], device=device)
+    logits = memory.as_strided((5, 9), strides)
+    expected, before = loss_and_gradient(logits.contiguous(), targets, backend), memory.clone()
+    assert torch.equal(loss_and_gradient(logits, targets, backend, in_place=True)[1], expected[1])
+    assert torch.equal(memory, before)
+
+
 @pytest.mark.parametrize("grad", [1.0, 0.3])
 def test_linear_cross_entropy_scales_without_rounding_the_scale(grad: float, device: str) -> None:
     """An upstream gradient of 0.3 would lose its digits were it rounded to float16 first, as on a GPU it easily is."""

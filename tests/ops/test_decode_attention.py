@@ -75,6 +75,22 @@ def test_layouts(backend: str, device: str) -> None:
     assert torch.equal(out, ops.decode_attention(q, k, v, n, backend=backend))
 
 
+@EACH
+def test_layouts_of_lengths_and_pages(backend: str, device: str) -> None:
+    """Every second length, and a block_table whose columns are adjacent."""
+    needs_triton(backend)
+    q, k, v = make_inputs(DecodeAttentionCase(3, 1, 48, 4, 2, 64), device, torch.float32)
+    n = lengths(40, 0, 7, 0, 48, 0, device=device)[::2]
+    out = ops.decode_attention(q, k, v, n, backend=backend)
+    assert torch.equal(out, ops.decode_attention(q, k, v, n.contiguous(), backend=backend))
+    if backend == "cpp":  # which has no pages
+        return
+    table = torch.arange(9, dtype=torch.int32, device=device).view(3, 3).t()
+    pages = [t.reshape(9, 16, 2, 64) for t in (k, v)]
+    out = ops.decode_attention(q, *pages, block_table=table, backend=backend)
+    assert torch.equal(out, ops.decode_attention(q, *pages, block_table=table.contiguous(), backend=backend))
+
+
 def test_pages_change_no_bit(device: str) -> None:
     pytest.importorskip("triton")
     paged = DecodeAttentionCase(3, 2, 304, 8, 2, 64, page_size=16)

@@ -91,6 +91,18 @@ def test_many_rows_beyond_2_31_elements(backend: str, device: str) -> None:
     assert torch.equal(ops.layer_norm(x, w, w, backend=backend)[-7:], ops.layer_norm(tail, w, w, backend=backend))
 
 
+def test_more_than_2_31_rows(device: str) -> None:
+    """Of one element each: the last of them, forward and backward, against the same rows alone."""
+    x = torch.zeros(2**31 + 300, 1, device=device, dtype=torch.bfloat16)
+    x[-300:] = torch.randn(300, 1, device=device)
+    results = []
+    for leaf in (x[-300:].clone().requires_grad_(), x.requires_grad_()):
+        y = ops.gelu(leaf, backend=TRITON)
+        (dx,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
+        results.append((y.detach()[-300:], dx[-300:]))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @EACH_ROW_OP
 @pytest.mark.parametrize("cols", [768, 5000, 131072])
 def test_rows_repeat_bitwise(op: str, cols: int, backend: str, device: str) -> None:
