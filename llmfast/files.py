@@ -1,12 +1,19 @@
-"""Files and folders that appear whole or not at all, whatever kills the process, and the hash that proves it."""
+"""Files and folders that appear whole or not at all, whatever kills the process, the hash that proves it, and JSON that
+a stranger wrote."""
 
 import hashlib
+import json
 import os
 import re
+import reprlib
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+MAX_JSON_BYTES = 64 * 2**20
 
 
 def write_atomic(path: Path, *parts: bytes | memoryview) -> None:
@@ -91,6 +98,44 @@ def file_sha256(path: Path) -> str:
     """Hash of the file's content, hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. ValueError as of `parse_json`; FileNotFoundError where there is nothing.
+
+    Only a regular file is opened: a pipe would keep us waiting, and a device may have no end.
+    """
+    if not path.is_file():
+        if not path.exists():
+            raise FileNotFoundError(2, "No such file", str(path))
+        raise ValueError("is no regular file; give a file, or a link to one")
+    with open(path, "rb") as file:
+        data = file.read(min(path.stat().st_size, MAX_JSON_BYTES) + 1)  # memory is taken for as many
+    if len(data) > MAX_JSON_BYTES:
+        raise ValueError(f"has more than {MAX_JSON_BYTES} bytes; it is no configuration")
+    return parse_json(data)
+
+
+def parse_json(data: bytes) -> dict[str, Any]:
+    """The object that is written there. ValueError with what is wrong, to be put behind a file's name.
+
+    A name that occurs twice in an object is refused: other readers may take the other value.
+    """
+    try:
+        values = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not readable JSON ({error}); fetch the file again") from None
+    if not isinstance(values, dict):
+        raise ValueError("is not a JSON object; fetch the file again")
+    return values
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        name = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"{reprlib.repr(name)} is given twice")
+    return values
 
 
 def sync_folder(folder: Path) -> None:

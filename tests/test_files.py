@@ -1,4 +1,4 @@
-"""Files that appear whole: what an error names, and what a killed process leaves."""
+"""Files that appear whole: what an error names, and what a killed process leaves; and JSON that is refused."""
 
 import os
 import subprocess
@@ -32,3 +32,43 @@ def test_leftovers_of_dead_processes_go_and_of_living_ones_stay(tmp_path: Path) 
     with files.staged_folder(tmp_path / "out.x") as folder:
         (folder / "file").touch()
     assert set(tmp_path.iterdir()) == {tmp_path / "out.x", mine, other}
+
+
+@pytest.mark.parametrize(
+    ("data", "word"),
+    [
+        (b"", "is not readable JSON"),
+        (b"{", "is not readable JSON"),
+        (b"[]", "is not a JSON object"),
+        (b"\xff\xfe{", "is not readable JSON"),
+        (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "is not readable JSON"),
+        (b'{"a":' + b"9" * 5000 + b"}", "is not readable JSON"),
+        (b'{"a": 1, "b": 2, "a": 1}', "'a' is given twice"),
+        (b'{"a": [{"b": 1, "\\u0062": 2}]}', "'b' is given twice"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_json_that_is_refused(data: bytes, word: str) -> None:
+    with pytest.raises(ValueError, match=word) as raised:
+        files.parse_json(data)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 300
+
+
+def test_json_is_read_from_regular_files_of_a_limited_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links to such files among them, but neither pipes nor devices, which may never end."""
+    data = b'{"a": 1}'
+    (tmp_path / "file").write_bytes(data)
+    for name, target in (("link", tmp_path / "file"), ("device", "/dev/zero"), ("dangling", tmp_path / "absent")):
+        (tmp_path / name).symlink_to(target)
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(files, "MAX_JSON_BYTES", len(data))
+    assert files.read_json(tmp_path / "file") == files.read_json(tmp_path / "link") == {"a": 1}
+    for name in ("device", "pipe", "."):
+        with pytest.raises(ValueError, match="is no regular file"):
+            files.read_json(tmp_path / name)
+    for name in ("dangling", "absent"):
+        with pytest.raises(FileNotFoundError):
+            files.read_json(tmp_path / name)
+    monkeypatch.setattr(files, "MAX_JSON_BYTES", len(data) - 1)
+    with pytest.raises(ValueError, match="has more than 7 bytes"):
+        files.read_json(tmp_path / "file")

@@ -37,10 +37,11 @@ def import_model(
         tensors = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
         weights.save(staging / CHECKPOINTS, 0, {"model": tensors}, {})
         origin = {"family": model.source.family, "dtype": _name(dtype), "settings": model.source.settings}
+        origin["dtypes"] = {name: _name(dtype) for name, dtype in model.source.dtypes.items()}
         values = {"model": model.config.to_dict(), "imported": origin}
         (staging / CONFIG).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         copy_companions(model.source.folder, staging)
-    print(f"{out}: {origin['family']}, {model.config.n_params:,} parameters in {origin['dtype']}")
+    print(f"{out}: {origin['family']}, {model.config.n_params:,} parameters in {_dtypes(model.source)}")
 
 
 def export_model(
@@ -60,7 +61,8 @@ def export_model(
     weights.save_pretrained(model, out, source=source, family=family, dtype=None if dtype is None else DTYPES[dtype])
     if check:
         _check(weights.from_pretrained(out), out)
-    print(f"{out}: {family or source.family}, {model.config.n_params:,} parameters in {dtype or _name(source.dtype)}")
+    dtypes = dtype or (_dtypes(source) if family in (None, source.family) else _name(source.dtype))
+    print(f"{out}: {family or source.family}, {model.config.n_params:,} parameters in {dtypes}")
 
 
 def _source(run_dir: Path, model: GPT, family: str | None) -> weights.Source:
@@ -70,7 +72,8 @@ def _source(run_dir: Path, model: GPT, family: str | None) -> weights.Source:
         return weights.Source(family or weights.family_of(model.config), torch.float32, run_dir)
     with config_of(run_dir):
         origin: dict[str, Any] = values["imported"]
-        return weights.Source(origin["family"], DTYPES[origin["dtype"]], run_dir, dict(origin["settings"]))
+        dtypes = {name: DTYPES[dtype] for name, dtype in dict(origin.get("dtypes", {})).items()}
+        return weights.Source(origin["family"], DTYPES[origin["dtype"]], run_dir, dict(origin["settings"]), dtypes)
 
 
 def _check(model: GPT, folder: Path) -> None:
@@ -83,6 +86,10 @@ def _check(model: GPT, folder: Path) -> None:
 def _refuse_existing(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: is there already and not an empty folder; give another one")
+
+
+def _dtypes(source: weights.Source) -> str:
+    return "mixed dtypes" if source.dtypes else _name(source.dtype)
 
 
 def _name(dtype: torch.dtype) -> str:

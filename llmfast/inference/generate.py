@@ -20,6 +20,7 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     stop_ids: Collection[int] = (),
+    vocab_size: int | None = None,
 ) -> Iterator[int]:
     """Yield up to `max_new_tokens` ids that continue `prompt_ids`, ending before the first of `stop_ids`.
 
@@ -28,7 +29,8 @@ def generate(
 
     The prompt has 1 to `context_length` ids of the vocabulary, else InputError. When the context is full, the cache is
     rebuilt from the last half of it: later tokens see between context_length / 2 and context_length tokens. The model
-    is put in eval mode; sampling is as `sample` says, with its own generator made from `seed`.
+    is put in eval mode; sampling is as `sample` says, with its own generator made from `seed`. Where the tokenizer has
+    fewer ids than the model, whose vocabulary is padded, `vocab_size` is how many: none beyond is chosen.
     """
     check(temperature, top_k, top_p)
     gpt = model.model if isinstance(model, Decoder) else model
@@ -44,10 +46,14 @@ def generate(
             )
     if max_new_tokens < 0:
         raise InputError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
+    if vocab_size is not None and vocab_size < 1:
+        raise InputError(f"vocab_size is {vocab_size}; it must be at least 1, or None for all of the model's")
     if not 0 <= seed < 2**64:
         raise InputError(f"seed is {seed}; it must be 0 to 2**64 - 1")
     gpt.eval()
-    return _continue(model, list(prompt_ids), max_new_tokens, temperature, top_k, top_p, seed, frozenset(stop_ids))
+    return _continue(
+        model, list(prompt_ids), max_new_tokens, temperature, top_k, top_p, seed, frozenset(stop_ids), vocab_size
+    )
 
 
 def _continue(
@@ -59,6 +65,7 @@ def _continue(
     top_p: float | None,
     seed: int,
     stop_ids: frozenset[int],
+    vocab_size: int | None,
 ) -> Iterator[int]:
     decoder = model if isinstance(model, Decoder) else Decoder(model)
     cache, sequence = decoder.cache, decoder.begin()
@@ -69,7 +76,7 @@ def _continue(
             raise InputError("another prompt was begun with this Decoder; give each that is continued at once its own")
         if cache.length + len(unread) > cache.capacity:
             cache.length, unread = 0, tokens[-max(1, cache.capacity // 2) :]
-        logits = decoder(unread)
+        logits = decoder(unread)[:, :vocab_size]
         token = int(sample(logits, temperature, top_k, top_p, generator))
         if token in stop_ids:
             return

@@ -1,6 +1,7 @@
 """The shape of a decoder: every behaviour of the model is a field here."""
 
-import math
+import reprlib
+import sys
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -10,6 +11,12 @@ from .rope import RopeScaling
 Norm = Literal["layer_norm", "rms_norm"]
 Position = Literal["learned", "rope"]
 MLP = Literal["gelu", "gelu_tanh", "swiglu", "geglu", "geglu_tanh"]
+
+# Far beyond any in use: a small file must not make us take all memory.
+MAX_SIZE = 2**31 - 1
+MAX_WIDTH = 2**24  # of all heads together
+MAX_ROTATIONS = 2**28  # context_length * head_dim: a million positions of 256, whose tables take 1 GiB
+MIN_ROPE_THETA = 2.0  # in use are 10^4 to 10^7; frequencies are equal at 1 and grow below
 
 
 @dataclass(frozen=True)
@@ -85,21 +92,36 @@ class Config:
                 raise InputError(f"Config.{name} is {getattr(self, name)!r}; it must be True, False or None")
         if self.n_head % self.n_kv_head:
             raise InputError(f"Config.n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
-        if self.position == "rope" and self.head_dim % 2:
-            raise InputError(f"Config.head_dim is {self.head_dim}; rotary positions need an even one")
+        self._check_product("n_head", "head_dim", MAX_WIDTH)
+        if self.position == "rope":
+            self._check_rope()
         if type(self.dropout) not in (int, float) or not 0.0 <= self.dropout < 1.0:
             raise InputError(f"Config.dropout is {self.dropout!r}; it must be in [0, 1)")
         self._check_combinations()
 
     def _check_size(self, name: str) -> None:
         value = getattr(self, name)
-        if type(value) is not int or value < 1:
-            raise InputError(f"Config.{name} is {value!r}; it must be a positive integer")
+        if type(value) is not int or not 1 <= value <= MAX_SIZE:
+            raise InputError(f"Config.{name} is {reprlib.repr(value)}; it must be a positive integer up to {MAX_SIZE}")
 
     def _check_number(self, name: str) -> None:
         value = getattr(self, name)
-        if type(value) not in (int, float) or not 0.0 < value < math.inf:
-            raise InputError(f"Config.{name} is {value!r}; it must be positive and finite")
+        if type(value) not in (int, float) or not 0.0 < value <= sys.float_info.max:
+            raise InputError(f"Config.{name} is {reprlib.repr(value)}; it must be positive and finite")
+
+    def _check_product(self, first: str, second: str, limit: int) -> None:
+        a, b = getattr(self, first), getattr(self, second)
+        if a * b > limit:
+            raise InputError(f"Config.{first} {a} times {second} {b} is {a * b}; it must be at most {limit}")
+
+    def _check_rope(self) -> None:
+        if self.head_dim % 2:
+            raise InputError(f"Config.head_dim is {self.head_dim}; rotary positions need an even one")
+        self._check_product("context_length", "head_dim", MAX_ROTATIONS)
+        for name in ("rope_theta", "local_rope_theta"):
+            value = getattr(self, name)
+            if value is not None and value < MIN_ROPE_THETA:
+                raise InputError(f"Config.{name} is {value!r}; it must be at least {MIN_ROPE_THETA}")
 
     def _check_combinations(self) -> None:
         """Fields that would have no effect or no meaning beside others are refused."""

@@ -1,6 +1,7 @@
 """Rotary positions: the tables of cosines and sines, whatever way a model stretches its context."""
 
 import math
+import reprlib
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -10,6 +11,11 @@ from torch import Tensor
 from ..errors import InputError
 
 Kind = Literal["linear", "llama3", "yarn"]
+
+# What RopeScaling's numbers may be: far beyond any in use, and the frequencies stay finite.
+SMALLEST, LARGEST = 1e-6, 1e6
+MAX_ORIGINAL_CONTEXT = 2**31 - 1
+_CHUNK = 2**20  # angles computed at once
 
 
 @dataclass(frozen=True)
@@ -39,11 +45,13 @@ class RopeScaling:
             raise InputError(f"RopeScaling.kind is {self.kind!r}; choose one of: {', '.join(get_args(Kind))}")
         numbers = ["factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"]
         for name in [*numbers, *(["attention_factor"] if self.attention_factor is not None else [])]:
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not 0.0 < value < math.inf:
-                raise InputError(f"RopeScaling.{name} is {value!r}; it must be positive and finite")
-        if self.kind != "linear" and (type(self.original_context) is not int or self.original_context < 1):
-            raise InputError(f"RopeScaling.original_context is {self.original_context!r}; {self.kind} needs a length")
+            value, least = getattr(self, name), 1.0 if name == "factor" else SMALLEST
+            if type(value) not in (int, float) or not least <= value <= LARGEST:
+                raise InputError(f"RopeScaling.{name} is {reprlib.repr(value)}; it must be {least:g} to {LARGEST:g}")
+        context = self.original_context
+        if self.kind != "linear" and (type(context) is not int or not 1 <= context <= MAX_ORIGINAL_CONTEXT):
+            wanted = f"{self.kind} needs a length of 1 to {MAX_ORIGINAL_CONTEXT}"
+            raise InputError(f"RopeScaling.original_context is {reprlib.repr(context)}; {wanted}")
         if self.low_freq_factor >= self.high_freq_factor or self.beta_slow >= self.beta_fast:
             raise InputError(f"{self}: low_freq_factor and beta_slow must be below high_freq_factor and beta_fast")
         if type(self.truncate) is not bool:
@@ -53,15 +61,22 @@ class RopeScaling:
 def rope_table(length: int, head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
     """cos and sin of position * frequency, (2, length, D/2) float32; frequency i is theta^(-2i/D), unless scaled.
 
-    https://arxiv.org/abs/2104.09864. Computed in float64: an angle of many turns keeps its digits.
+    https://arxiv.org/abs/2104.09864. Computed in float64, where an angle of many turns keeps its digits, and in chunks:
+    that takes little memory beside the table.
     """
     frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     amplitude = 1.0
     if scaling is not None:
         frequencies = _SCALED[scaling.kind](frequencies, theta, scaling)
         amplitude = _amplitude(scaling)
-    angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
-    return torch.stack((angles.cos() * amplitude, angles.sin() * amplitude)).float()
+    table = torch.empty(2, length, len(frequencies), dtype=torch.float32)
+    rows = max(1, _CHUNK // len(frequencies))
+    for start in range(0, length, rows):
+        end = min(start + rows, length)
+        angles = torch.outer(torch.arange(start, end, dtype=torch.float64), frequencies)
+        table[0, start:end] = angles.cos() * amplitude
+        table[1, start:end] = angles.sin() * amplitude
+    return table
 
 
 def _amplitude(scaling: RopeScaling) -> float:

@@ -59,6 +59,9 @@ def render(
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     given = dict(special) | variables | {"messages": messages, "add_generation_prompt": add_generation_prompt}
     try:
-        return environment.from_string(template).render(given)
-    except (jinja2.TemplateError, TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"the chat template does not take this conversation: {error}") from None
+        text = environment.from_string(template).render(given)
+        text.encode()  # no tokenizer takes what is not Unicode
+    except Exception as error:  # a template is a program, which may fail in any way
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"the chat template does not take this conversation: {reason}") from None
+    return text

@@ -16,7 +16,7 @@ import tokenizers as hf
 from tokenizers.decoders import DecodeStream
 
 from ..errors import InputError
-from ..files import write_atomic
+from ..files import read_json, write_atomic
 from .bpe import END_OF_TEXT, Tokenizer, fingerprint_of
 from .chat import Message, render
 
@@ -53,7 +53,7 @@ class PretrainedTokenizer:
         config, names = _read(folder / CONFIG), _read(folder / "special_tokens_map.json")
         special = {name: text for name in SPECIAL if (text := _text(config.get(name) or names.get(name)))}
         ends = _read(folder / GENERATION).get("eos_token_id")
-        stop_ids = {i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int)}
+        stop_ids = {i for i in (ends if isinstance(ends, list) else [ends]) if type(i) is int}
         if (end := _end_id(backend, special)) is not None:
             stop_ids.add(end)
         return cls(backend, special, frozenset(stop_ids), _template(folder, config))
@@ -168,15 +168,12 @@ def _end_id(backend: hf.Tokenizer, special: dict[str, str]) -> int | None:
 
 def _read(path: Path) -> dict[str, Any]:
     """The JSON object in a file; an empty one where there is no file."""
-    if not path.is_file():
-        return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
+    except FileNotFoundError:
+        return {}
     except ValueError as error:
-        raise InputError(f"{path}: is not JSON ({error}); fetch the file again") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: is not a JSON object; fetch the file again")
-    return values
+        raise InputError(f"{path}: {error}") from None
 
 
 def _text(token: Any) -> str | None:
@@ -188,7 +185,10 @@ def _text(token: Any) -> str | None:
 def _template(folder: Path, config: dict[str, Any]) -> str | None:
     """From its own file, or from tokenizer_config.json, which may hold several by name."""
     if (path := folder / "chat_template.jinja").is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: is not UTF-8 ({error}); fetch the file again") from None
     found = _read(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
     if isinstance(found, list):
         named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}

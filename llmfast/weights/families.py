@@ -6,11 +6,12 @@ that each of our modules is made of. Sources: https://github.com/huggingface/tra
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from reprlib import repr as short
 from typing import Any
 
 from ..errors import InputError
 from ..models import Config
-from .fields import HARMLESS, MAX_CONTEXT, MAX_LAYERS, Fields, read_rope, read_rope_table, rope_table
+from .fields import HARMLESS, MAX_CONTEXT, MAX_LAYERS, SWITCHED_OFF, Fields, read_rope, read_rope_table, rope_table
 
 Modules = dict[str, tuple[str, ...]]  # ours -> theirs, joined along the outputs; {} is the layer
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -66,13 +67,13 @@ def read_config(values: dict[str, Any], where: str) -> tuple[str, Config]:
     """The family of a foreign configuration and its Config; whatever is not understood is refused by name."""
     name = values.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise InputError(f"{where}: model_type {name!r} is not supported; known: {', '.join(FAMILIES)}")
+        raise InputError(f"{where}: model_type {short(name)} is not supported; known: {', '.join(FAMILIES)}")
     fields = Fields(values, where)
     try:
         config = Config(**FAMILIES[name].read(fields))
     except InputError as error:
         raise InputError(str(error) if where in str(error) else f"{where}: {error}") from None
-    fields.finish(HARMLESS)
+    fields.finish(HARMLESS, SWITCHED_OFF)
     return name, config
 
 
@@ -217,7 +218,7 @@ def _read_qwen(fields: Fields, **defaults: Any) -> dict[str, Any]:
     on, window = fields.flag("use_sliding_window", False), fields.take("sliding_window", 4096)
     first = fields.take("max_window_layers", 28)
     if type(first) is not int:
-        raise InputError(f"{fields.where}: max_window_layers is {first!r}; it must be a whole number")
+        raise InputError(f"{fields.where}: max_window_layers is {short(first)}; it must be a whole number")
     types = _layer_types(fields, [SLIDING if on and i >= first else FULL for i in range(common["n_layer"])])
     if not on and SLIDING in types:
         raise InputError(f"{fields.where}: layer_types has {SLIDING!r} while use_sliding_window is off")
@@ -249,7 +250,7 @@ def _layer_types(fields: Fields, default: list[str]) -> list[str]:
         raise InputError(f"{fields.where}: layer_types must name the kind of each of {len(default)} layers")
     for kind in types:
         if kind not in (FULL, SLIDING):
-            raise InputError(f"{fields.where}: layer_types has {kind!r}; known: {FULL}, {SLIDING}")
+            raise InputError(f"{fields.where}: layer_types has {short(kind)}; known: {FULL}, {SLIDING}")
     return types
 
 
@@ -258,7 +259,7 @@ def _windows(fields: Fields, types: list[str], window: Any) -> dict[str, Any]:
     if not local:
         return {}
     if type(window) is not int or window < 1:
-        raise InputError(f"{fields.where}: sliding_window is {window!r}; it must be a positive integer")
+        raise InputError(f"{fields.where}: sliding_window is {short(window)}; it must be a positive integer")
     return {"window": window, "local_layers": None if len(local) == len(types) else local}
 
 
@@ -324,7 +325,7 @@ def _read_gemma3(fields: Fields) -> dict[str, Any]:
         local_theta, local_scaling = read_rope_table(ropes.table(SLIDING), local_theta, context)
         if local_scaling is not None:
             raise InputError(f"{fields.where}: rope_parameters of {SLIDING} are scaled, which is not supported")
-        ropes.finish()
+        ropes.finish(frozenset(), frozenset())
     return common | {
         "qk_norm": True,
         "logit_softcap": fields.take("final_logit_softcapping", 0.0),

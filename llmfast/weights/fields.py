@@ -1,15 +1,15 @@
 """A foreign `config.json`, read field by field: each is understood, known to be harmless, or refused by name."""
 
-import json
-import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from reprlib import repr as short  # a value may be as long as its file
 from typing import Any, TypeVar
 
+from .. import files
 from ..errors import InputError
 from ..models import RopeScaling
 
-MAX_JSON_BYTES = 64 * 2**20
 MAX_SIZE = 2**24  # of any one dimension: vocabularies are below 2^19, layers below 2^17 wide
 MAX_CONTEXT = 2**21  # positions: tables of rotations are made for all of them
 MAX_LAYERS = 1024
@@ -23,7 +23,24 @@ HARMLESS = frozenset(
     " reorder_and_upcast_attn resid_pdrop summary_activation summary_first_dropout summary_proj_to_labels summary_type"
     " summary_use_proj task_specific_params torch_dtype transformers.js_config transformers_version use_cache".split()
 )
-# Of those, what belongs to one file or one library version.
+# What does nothing as long as it is false or null: other outputs and uses of a model, and what other families have. Not
+# `is_causal`, which is on where a file lacks it.
+SWITCHED_OFF = frozenset(
+    "_flash_attn_2_enabled add_cross_attention attention_bias attn_logit_softcapping auto_map begin_suppress_tokens"
+    " cross_attention_hidden_size decoder_start_token_id do_sample early_stopping exponential_decay_length_penalty"
+    " final_logit_softcapping finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing"
+    " is_decoder is_encoder_decoder layer_types max_window_layers mlp_bias output_attentions output_hidden_states"
+    " output_scores partial_rotary_factor prefix problem_type quantization_config remove_invalid_values"
+    " return_dict_in_generate rope_interleaved rope_local_base_freq scale_attn_by_inverse_layer_idx sep_token_id"
+    " sliding_window sliding_window_pattern suppress_tokens tf_legacy_loss tie_encoder_decoder tokenizer_class"
+    " torchscript use_bfloat16 use_bidirectional_attention use_mrope use_sliding_window".split()
+)
+# The same within rotary parameters.
+_ROPE_SWITCHED_OFF = frozenset(
+    "attention_factor beta_fast beta_slow factor finetuned high_freq_factor long_factor low_freq_factor mrope_section"
+    " mscale mscale_all_dim original_max_position_embeddings short_factor truncate".split()
+)
+# Of those that are harmless, what belongs to one file or one library version.
 _OF_THE_FILE = frozenset(
     ("_name_or_path", "architectures", "dtype", "model_type", "torch_dtype", "transformers_version")
 )
@@ -32,18 +49,13 @@ V = TypeVar("V")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a limited size."""
+    """The object in a JSON file that must be there."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise InputError(f"{path}: has more than {MAX_JSON_BYTES} bytes; it is no configuration")
-        values = json.loads(path.read_bytes())
+        return files.read_json(path)
     except FileNotFoundError:
         raise InputError(f"{path}: is missing; give a folder with config.json and *.safetensors") from None
-    except (ValueError, RecursionError):
-        raise InputError(f"{path}: is not readable JSON; fetch the file again") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: does not hold a JSON object; fetch the file again")
-    return values
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 class Fields:
@@ -66,42 +78,43 @@ class Fields:
         if value is None:
             raise InputError(f"{self.where}: {name} is missing")
         if type(value) is not int or not 1 <= value <= limit:
-            raise InputError(f"{self.where}: {name} is {value!r}; it must be 1 to {limit}")
+            raise InputError(f"{self.where}: {name} is {short(value)}; it must be 1 to {limit}")
         return value
 
     def number(self, name: str, default: float) -> float:
         """A positive one."""
         value = self.take(name, default)
-        if type(value) not in (int, float) or not 0.0 < value < math.inf:
-            raise InputError(f"{self.where}: {name} is {value!r}; it must be positive and finite")
+        if type(value) not in (int, float) or not 0.0 < value <= sys.float_info.max:
+            raise InputError(f"{self.where}: {name} is {short(value)}; it must be positive and finite")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.take(name, default)
         if type(value) is not bool:
-            raise InputError(f"{self.where}: {name} is {value!r}; it must be true or false")
+            raise InputError(f"{self.where}: {name} is {short(value)}; it must be true or false")
         return value
 
     def choice(self, name: str, choices: Mapping[str, V], default: str) -> V:
         value = self.take(name, default)
         if not isinstance(value, str) or value not in choices:
-            raise InputError(f"{self.where}: {name} {value!r} is not supported; known: {', '.join(choices)}")
+            raise InputError(f"{self.where}: {name} {short(value)} is not supported; known: {', '.join(choices)}")
         return choices[value]
 
     def table(self, name: str) -> "Fields | None":
         """A nested object."""
         value = self.take(name)
         if value is not None and not isinstance(value, dict):
-            raise InputError(f"{self.where}: {name} is {value!r}; it must be an object")
+            raise InputError(f"{self.where}: {name} is {short(value)}; it must be an object")
         return None if value is None else Fields(value, f"{self.where}: {name}")
 
-    def finish(self, harmless: frozenset[str] = frozenset()) -> None:
-        """Refuse what nobody took, unless it is switched off or harmless."""
+    def finish(self, harmless: frozenset[str], switched_off: frozenset[str]) -> None:
+        """Refuse what nobody took, unless it is `harmless`, or one of `switched_off` and false or null."""
         if self._values.get("quantization_config"):
             raise InputError(f"{self.where}: the weights are quantised; give a checkpoint in bfloat16 or float32")
         for name, value in self._values.items():
-            if name not in harmless and value is not None and value is not False:
-                raise InputError(f"{self.where}: {name} = {value!r} is not supported, and ignoring it could be wrong")
+            if name not in harmless and not (name in switched_off and (value is None or value is False)):
+                text = f"{name} = {short(value)}"
+                raise InputError(f"{self.where}: {text} is not supported, and ignoring it could be wrong")
 
 
 def settings(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,9 +154,11 @@ def read_rope_table(table: Fields | None, theta: float, context: int) -> tuple[f
     if table is None:
         return theta, None
     kind, older = table.take("rope_type"), table.take("type")
+    if kind is not None and older is not None and kind != older:
+        raise InputError(f"{table.where}: rope_type {short(kind)} and type {short(older)} differ; keep one of them")
     kind = kind or older or "default"
     if not isinstance(kind, str) or kind not in _ROPE_FIELDS:
-        raise InputError(f"{table.where}: rope_type {kind!r} is not supported; known: {', '.join(_ROPE_FIELDS)}")
+        raise InputError(f"{table.where}: rope_type {short(kind)} is not supported; known: {', '.join(_ROPE_FIELDS)}")
     theta = table.number("rope_theta", theta)
     if table.number("partial_rotary_factor", 1.0) != 1.0:
         raise InputError(f"{table.where}: partial_rotary_factor other than 1 is not supported")
@@ -152,7 +167,7 @@ def read_rope_table(table: Fields | None, theta: float, context: int) -> tuple[f
         value = table.take(_ORIGINAL_CONTEXT if name == "original_context" else name)
         if value is not None:
             values[name] = value
-    table.finish()
+    table.finish(frozenset(), _ROPE_SWITCHED_OFF)
     if kind == "default":
         return theta, None
     if "original_context" in _ROPE_FIELDS[kind]:

@@ -40,13 +40,16 @@ COMPANIONS = (
 class Source:
     """Where a model came from: what an export needs beside its weights and its Config.
 
-    `settings` are the token ids and the like of its config.json; `folder` holds its tokenizer and other companions.
+    `dtype` holds all of its weights exactly; `dtypes` are those of its tensors that were stored in another one, by the
+    names that they have there. `settings` are the token ids and the like of its config.json; `folder` holds its
+    tokenizer and other companions.
     """
 
     family: str
     dtype: torch.dtype
     folder: Path
     settings: dict[str, Any] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
 
 class PretrainedGPT(GPT):
@@ -92,8 +95,10 @@ def from_pretrained(
                 tensor[start : start + part.rows].copy_(stored.T if part.transposed else stored)
                 start += part.rows
     model.refill_tables()
-    stored_dtype = reduce(torch.promote_types, (files.entries[stored].dtype for stored in names.values()))
-    model.source = Source(family_name, stored_dtype, folder, settings(values))
+    dtypes = {name: files.entries[stored].dtype for name, stored in names.items()}
+    widest = reduce(torch.promote_types, dtypes.values())
+    others = {name: dtype for name, dtype in dtypes.items() if dtype != widest}
+    model.source = Source(family_name, widest, folder, settings(values), others)
     return model.eval()  # pyright: ignore[reportReturnType]
 
 
@@ -108,22 +113,25 @@ def save_pretrained(
 ) -> None:
     """Write `folder`, new or empty: config.json, safetensors, and the tokenizer and companions of `source`.
 
-    The family is the given one, that of the source, or the first that can express the model; the dtype likewise that of
-    the source or of the parameters. What was loaded and not changed is written bit for bit as it was.
+    The family is the given one, that of the source, or the first that can express the model; the dtype likewise, which
+    each tensor has of its own in a source, or that of the parameters. What was loaded and not changed is written bit
+    for bit as it was.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: is there already and not an empty folder; give another one")
+    same_dtypes = source is not None and dtype is None
     dtype = dtype or (source.dtype if source else model.token_embedding.weight.dtype)
     if dtype not in DTYPES.values():
         raise InputError(f"dtype {dtype}: choose one of {', '.join(map(str, DTYPES.values()))}")
     name, values = write_config(model.config, family or (source.family if source else None))
     known = dict(source.settings) if source and source.family == name else {}
+    dtypes = source.dtypes if source and source.family == name and same_dtypes else {}
     text = str(dtype).removeprefix("torch.")
     with staged_folder(folder) as staging:
         content = known | values | {"dtype": text, "torch_dtype": text}
         (staging / CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        _write_weights(model, FAMILIES[name], staging, dtype, max_shard_bytes)
+        _write_weights(model, FAMILIES[name], staging, dtype, dtypes, max_shard_bytes)
         if source is not None:
             copy_companions(source.folder, staging)
 
@@ -196,7 +204,15 @@ def _check(
             raise InputError(f"{where}: {part.name} has shape {shape}; config.json asks for {part.shape}")
 
 
-def _write_weights(model: GPT, family: Family, folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
+def _write_weights(
+    model: GPT,
+    family: Family,
+    folder: Path,
+    dtype: torch.dtype,
+    dtypes: dict[str, torch.dtype],
+    max_shard_bytes: int,
+) -> None:
+    """In `dtype`, but for the tensors that `dtypes` names."""
     rows: dict[str, tuple[Tensor, int, _Part]] = {}
     for own, tensor in model.state_dict().items():
         start = 0
@@ -207,7 +223,7 @@ def _write_weights(model: GPT, family: Family, folder: Path, dtype: torch.dtype,
     def make(name: str) -> Tensor:
         tensor, start, part = rows[name]
         own = tensor[start : start + part.rows].detach()
-        return (own.T if part.transposed else own).to("cpu", dtype, copy=True).contiguous()
+        return (own.T if part.transposed else own).to("cpu", dtypes.get(name, dtype), copy=True).contiguous()
 
-    sizes = {name: math.prod(part.shape) * dtype.itemsize for name, (_, _, part) in rows.items()}
+    sizes = {name: math.prod(part.shape) * dtypes.get(name, dtype).itemsize for name, (_, _, part) in rows.items()}
     write_tensors(folder, sizes, make, max_shard_bytes)

@@ -11,11 +11,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import InputError
+from ..files import parse_json
 from .fields import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 MAX_SHARD_BYTES = 5 * 10**9  # as transformers cuts them
 
 
@@ -34,6 +35,8 @@ class TensorFiles:
     def __init__(self, folder: Path) -> None:
         self.entries: dict[str, Entry] = {}
         if (folder / SINGLE).is_file():
+            if (folder / INDEX).is_file() and set(_weight_map(folder / INDEX).values()) != {SINGLE}:
+                raise InputError(f"{folder}: has {SINGLE}, and {INDEX} that lists other files; remove one of them")
             self._add(folder / SINGLE)
         elif (folder / INDEX).is_file():
             self._add_shards(folder)
@@ -52,11 +55,15 @@ class TensorFiles:
 
     def _add(self, path: Path) -> None:
         with _opened(path) as file:
+            _refuse_doubles(path)
             for name in file.keys():  # it is no mapping
                 view = file.get_slice(name)
                 dtype = DTYPES.get(view.get_dtype())
-                if dtype is None:
-                    raise InputError(f"{path}: {name} is {view.get_dtype()}; only {', '.join(DTYPES)} are supported")
+                if dtype is None:  # float64 among them, which float32 would round
+                    remedy = (
+                        f"only {', '.join(DTYPES)} are supported; convert it, as model.float() does in transformers"
+                    )
+                    raise InputError(f"{path}: {name} is {view.get_dtype()}; {remedy}")
                 if name in self.entries:
                     raise InputError(f"{path}: {name} is in {self.entries[name].file.name}, too")
                 self.entries[name] = Entry(path, tuple(view.get_shape()), dtype)
@@ -64,12 +71,7 @@ class TensorFiles:
     def _add_shards(self, folder: Path) -> None:
         """Every tensor must be in the shard that the index names for it, and every one of a shard in the index."""
         index = folder / INDEX
-        listed = read_json(index).get("weight_map")
-        if not isinstance(listed, dict) or not listed:
-            raise InputError(f"{index}: has no weight_map; fetch the file again")
-        for name, file in listed.items():
-            if not isinstance(file, str) or not file.endswith(".safetensors") or set(file) & set("/\\:\0"):
-                raise InputError(f"{index}: {name} is in {file!r}, which is no name of a .safetensors file beside it")
+        listed = _weight_map(index)
         for file in sorted(set(listed.values())):
             if not (folder / file).is_file():
                 raise InputError(f"{folder / file}: is missing, though {INDEX} lists it; fetch it again")
@@ -79,6 +81,27 @@ class TensorFiles:
             if listed.get(name) != held.get(name):
                 where = f"{held.get(name)} holds it" if name in held else "no shard holds it"
                 raise InputError(f"{index}: places {name} in {listed.get(name)}, but {where}; fetch the files again")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> the file that holds it, in the folder of the index."""
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise InputError(f"{index}: has no weight_map; fetch the file again")
+    for name, file in listed.items():
+        if not isinstance(file, str) or not file.endswith(".safetensors") or set(file) & set("/\\:\0"):
+            raise InputError(f"{index}: {name} is in {file!r}, which is no name of a .safetensors file beside it")
+    return listed
+
+
+def _refuse_doubles(path: Path) -> None:
+    """A name that occurs twice in the header, of which the library takes the last."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        try:
+            parse_json(file.read(size))
+        except ValueError as error:
+            raise InputError(f"{path}: its header {error}") from None
 
 
 def _opened(path: Path) -> safe_open:

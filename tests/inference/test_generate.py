@@ -53,6 +53,26 @@ def test_stops_before_a_stop_id(model: GPT) -> None:
     assert list(generate(model, [1, 2], 20, temperature=0.0, stop_ids=[stop])) == tokens[: tokens.index(stop)]
 
 
+def test_a_padded_vocabulary(model: GPT) -> None:
+    """Ids that the tokenizer does not have are never chosen; among the others nothing changes."""
+    size, prompt = 20, [1, 2]
+    assert max(generate(model, prompt, 12, temperature=0.0)) >= size
+    tokens = list(generate(model, prompt, 12, temperature=0.0, vocab_size=size))
+    ids = list(prompt)
+    for token in tokens:
+        with torch.no_grad():
+            logits = model(torch.tensor([ids], device=model.token_embedding.weight.device))[0, -1]
+        assert token == int(logits[:size].argmax())
+        ids.append(token)
+    assert len(tokens) == 12
+    for options in ({"temperature": 3.0}, {"top_k": 50}, {"top_p": 0.99}):
+        assert max(generate(model, prompt, 12, **options, vocab_size=size)) < size
+    sampled = (list(generate(model, prompt, 30, temperature=3.0, vocab_size=n)) for n in (None, 61, 99))
+    assert next(sampled) == next(sampled) == next(sampled)
+    with pytest.raises(InputError, match="vocab_size is 0"):
+        generate(model, prompt, 1, vocab_size=0)
+
+
 def test_context_of_one() -> None:
     model = GPT(preset("tiny", vocab_size=61, context_length=1))
     assert len(list(generate(model, [3], 5))) == 5

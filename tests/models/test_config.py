@@ -127,15 +127,29 @@ SIZES = ("vocab_size", "context_length", "n_layer", "n_head", "n_kv_head", "head
         ("rope_scaling", {"kind": "ntk", "factor": 2.0}, "RopeScaling.kind is 'ntk'; choose one of: linear"),
         ("rope_scaling", {"kind": "yarn", "factor": 2.0}, "RopeScaling.original_context is None; yarn needs a length"),
         ("rope_scaling", {"kind": "linear"}, "incomplete Config: "),
+        ("window", 10**400, "Config.window is 1000"),
+        ("norm_eps", 10**400, "Config.norm_eps is 1000"),
+        ("attention_scale", 10**400, "Config.attention_scale is 1000"),
+        ("rope_theta", 1.0, "Config.rope_theta is 1.0; it must be at least 2"),
+        ("head_dim", 2**24, "Config.n_head 2 times head_dim 16777216 is 33554432; it must be at most 16777216"),
         ("dropout", 1.0, "Config.dropout is 1.0"),
         ("dropout", -0.1, "Config.dropout is -0.1"),
         ("dropout", float("nan"), "Config.dropout is nan"),
     ],
+    ids=lambda value: str(value)[:40],
 )
 def test_wrong_values_are_refused_by_name(field: str, value: Any, message: str) -> None:
     with pytest.raises(InputError) as raised:
         preset("tiny", **{field: value})
-    assert message in str(raised.value)
+    assert message in str(raised.value) and len(str(raised.value)) < 200
+
+
+def test_tables_of_rotations_have_a_limit() -> None:
+    """A million positions of 256 fit, no real model has more; without rotary positions there is no table."""
+    assert preset("tiny", context_length=2**20, head_dim=256).context_length == 2**20
+    with pytest.raises(InputError, match="context_length 1048577 times head_dim 256 is 268435712; it must be at most"):
+        preset("tiny", context_length=2**20 + 1, head_dim=256)
+    assert preset("tiny", context_length=2**20 + 1, head_dim=256, position="learned").head_dim == 256
 
 
 def test_odd_head_dim_needs_no_rotation() -> None:

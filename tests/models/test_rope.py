@@ -1,12 +1,15 @@
 """Tables of rotations: their base, and the three ways of stretching them."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmfast.errors import InputError
+from llmfast.models import rope
 from llmfast.models.rope import RopeScaling, rope_table
 
 LENGTH, DIM, THETA = 50, 16, 1e4
@@ -27,6 +30,38 @@ def test_plain() -> None:
     for position in (0, 1, 49):
         torch.testing.assert_close(table[0, position].double(), (PLAIN * position).cos(), rtol=0, atol=1e-7)
         torch.testing.assert_close(table[1, position].double(), (PLAIN * position).sin(), rtol=0, atol=1e-7)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest float64 tensor that an operator gave."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.dtype is torch.float64:
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("length", [1, 64, 1000])
+@pytest.mark.parametrize("dim", [2, 6, 128])
+@pytest.mark.parametrize("scaling", [None, RopeScaling("yarn", 4.0, original_context=640)])
+def test_chunks(length: int, dim: int, scaling: RopeScaling | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They change no bit, and no float64 tensor is larger; one row may be."""
+    whole = rope_table(length, dim, THETA, scaling)
+    for chunk in (1, 7, 4096):
+        monkeypatch.setattr(rope, "_CHUNK", chunk)
+        with Largest() as seen:
+            assert torch.equal(rope_table(length, dim, THETA, scaling), whole)
+        assert seen.elements <= max(chunk, dim // 2)
+
+
+def test_a_million_positions() -> None:
+    """On the meta device, which has no memory: less than a hundredth of the table is float64."""
+    with torch.device("meta"), Largest() as seen:
+        assert rope_table(2**20, 256, THETA, None).numel() == 2**28
+    assert 0 < seen.elements < 2**28 / 100
 
 
 def test_linear() -> None:
@@ -60,8 +95,13 @@ def test_yarn() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(InputError, match="RopeScaling.factor is -1"):
-        RopeScaling("linear", -1.0)
+    for factor, shown in ((-1.0, "-1"), (0.5, "0.5"), (5e-324, "5e-324"), (1e300, "1e"), (10**400, "1000.*0")):
+        with pytest.raises(InputError, match=f"RopeScaling.factor is {shown}.*; it must be 1 to 1e") as raised:
+            RopeScaling("linear", factor)
+        assert len(str(raised.value)) < 200
+    for context in (0, 10**400, 2.0, None):
+        with pytest.raises(InputError, match="original_context is .*; yarn needs a length of 1 to 2147483647"):
+            RopeScaling("yarn", 2.0, original_context=context)  # pyright: ignore[reportArgumentType]
     with pytest.raises(InputError, match="must be below"):
         RopeScaling("llama3", 2.0, original_context=8, low_freq_factor=4.0)
     with pytest.raises(InputError, match="attention_factor is 0"):

@@ -1,6 +1,7 @@
 """Tokenizers of other libraries' models, against transformers' own reading of the same files."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -134,11 +135,50 @@ def test_conversations_are_those_of_transformers(tmp_path: Path, where: str, add
     "{% for i in range(10**9) %}{% endfor %}",
     "{{ messages[0].content",
     "{{ messages.append(1) }}",
+    "{{ 1 / 0 }}",
+    "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+    "{{ 'a' * 10**15 }}",
+    "{{ [].index(3) }}",
+    "{{ '\\ud800' }}",
+    "{% if %}",
 ])  # fmt: skip
 def test_templates_that_are_refused(tmp_path: Path, template: str) -> None:
     ours = PretrainedTokenizer.load(folder_of(tmp_path, chat_template=template))
-    with pytest.raises(InputError, match="the chat template does not take this conversation"):
+    with pytest.raises(InputError, match="the chat template does not take this conversation: .") as raised:
         ours.chat_ids([{"role": "user", "content": "hello"}])
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "data", "word"),
+    [
+        ("tokenizer_config.json", b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "is not readable JSON"),
+        ("special_tokens_map.json", b'{"bos_token": "<s>", "bos_token": "</s>"}', "'bos_token' is given twice"),
+        ("generation_config.json", b"\xff\xfe\xff", "is not readable JSON"),
+        ("chat_template.json", b"[]", "is not a JSON object"),
+        ("chat_template.jinja", b"\xff\xfe\xff", "is not UTF-8"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_damaged_files(tmp_path: Path, file: str, data: bytes, word: str) -> None:
+    (folder_of(tmp_path) / file).write_bytes(data)
+    with pytest.raises(InputError, match=word) as raised:
+        PretrainedTokenizer.load(tmp_path)
+    assert file in str(raised.value) and "\n" not in str(raised.value) and len(str(raised.value)) < 400
+
+
+def test_files_that_never_end(tmp_path: Path) -> None:
+    (folder_of(tmp_path) / "tokenizer_config.json").unlink()
+    os.mkfifo(tmp_path / "tokenizer_config.json")
+    with pytest.raises(InputError, match=r"tokenizer_config\.json: is no regular file"):
+        PretrainedTokenizer.load(tmp_path)
+
+
+def test_ends_are_whole_numbers(tmp_path: Path) -> None:
+    """True equals 1."""
+    folder_of(tmp_path, eos_token="<|end|>")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [true, 2, "x", null]}')
+    assert PretrainedTokenizer.load(tmp_path).stop_ids == {2, 3}
 
 
 def test_without_a_template_and_without_files(tmp_path: Path) -> None:
@@ -147,7 +187,7 @@ def test_without_a_template_and_without_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no chat template"):
         PretrainedTokenizer.load(folder_of(tmp_path)).chat_ids([])
     (tmp_path / "generation_config.json").write_text("[1")
-    with pytest.raises(InputError, match=r"generation_config\.json: is not JSON"):
+    with pytest.raises(InputError, match=r"generation_config\.json: is not readable JSON"):
         PretrainedTokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match=r"tokenizer\.json: not a readable tokenizer"):

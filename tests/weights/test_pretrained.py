@@ -13,6 +13,7 @@ from llmfast.errors import InputError
 from llmfast.inference import generate
 from llmfast.models import GPT, preset
 from llmfast.weights import from_pretrained, save_pretrained
+from llmfast.weights.families import FAMILIES, read_config
 
 transformers = pytest.importorskip("transformers")
 
@@ -217,6 +218,21 @@ def test_fields_as_they_stood_before_transformers_5(tmp_path: Path) -> None:
     path.write_text(json.dumps(values))
     with pytest.raises(InputError, match="rope_parameters contradicts"):
         from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_transformers_has_switched_off_by_default(family: str) -> None:
+    """A file may name it; `is_causal` is on by default."""
+    kind = family.removesuffix("_text").capitalize() if family != "gpt2" else "GPT2"
+    config = getattr(transformers, f"{kind}TextConfig" if "_text" in family else f"{kind}Config")()
+    values = config.to_diff_dict() | {"model_type": family}
+    if family == "gpt2":
+        values |= {"vocab_size": 9, "n_embd": 8, "n_head": 2, "n_layer": 2, "n_positions": 8}
+    else:
+        values = SIZES | values
+    off = {name: value for name, value in config.to_dict().items() if value is None or value is False}
+    assert len(off) > 5 and "is_causal" not in off
+    assert read_config(values | off, "here") == read_config(values, "here")
 
 
 def test_names_without_the_prefix(tmp_path: Path) -> None:

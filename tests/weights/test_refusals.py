@@ -1,7 +1,9 @@
 """Foreign folders that are damaged, hostile or of a kind not supported: refused by name, before memory is taken."""
 
 import json
+import os
 import shutil
+import struct
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ LLAMA = Config(
     tie_embeddings=False,
 )
 SHARDS = "model.safetensors.index.json"
+HUGE = 10**400  # which JSON can hold, and no float
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +66,14 @@ def refused(folder: Path, *words: str) -> None:
     with pytest.raises(InputError) as raised:
         from_pretrained(folder)
     message = str(raised.value)
-    assert str(folder) in message and "\n" not in message
+    assert str(folder) in message and "\n" not in message and len(message) < 500 + len(str(folder))
     for word in words:
         assert word in message
+
+
+def rope(theta: float = 1e4, **parameters: Any) -> dict[str, Any]:
+    """As a file has them that transformers 5 wrote."""
+    return {"rope_parameters": {"rope_theta": theta, **parameters}, "rope_theta": theta, "rope_scaling": None}
 
 
 def test_the_good_folder_is_good(good: Path) -> None:
@@ -100,8 +108,23 @@ def test_the_good_folder_is_good(good: Path) -> None:
         ({"num_hidden_layers": 1000}, "1000 layers"),
         ({"vocab_size": 33}, "model.embed_tokens.weight has shape (32, 16); config.json asks for (33, 16)"),
         ({"attention_bias": True}, "misses model.layers.0.self_attn.k_proj.bias"),
+        ({"is_causal": False}, "is_causal = False is not supported"),
+        ({"is_causal": None}, "is_causal = None is not supported"),
+        ({"new_feature": False}, "new_feature = False is not supported"),
+        (rope(rope_type="linear", factor=2.0, new_feature=False), "new_feature = False is not supported"),
+        ({"rms_norm_eps": HUGE}, "rms_norm_eps is 1000"),
+        (rope(rope_type="linear", factor=HUGE), "factor is 1000"),
+        (rope(rope_type="linear", factor=5e-324), "factor is 5e-324; it must be 1 to 1e+06"),
+        (rope(rope_type="yarn", factor=2.0, beta_slow=5e-324), "beta_slow is 5e-324"),
+        (rope(rope_type="yarn", factor=2.0, original_max_position_embeddings=HUGE), "original_context is 1000"),
+        (rope(rope_type="yarn", factor=2.0, theta=1.0), "rope_theta is 1.0; it must be at least 2"),
+        (rope(rope_type="default", theta=1e-320), "rope_theta is 1e-320; it must be at least 2"),
+        (rope(rope_type="yarn", factor=2.0, type="linear"), "rope_type 'yarn' and type 'linear' differ"),
+        ({"rope_scaling": {"rope_type": "linear", "type": "yarn", "factor": 2.0}}, "'linear' and type 'yarn' differ"),
+        ({"num_attention_heads": 2**24, "num_key_value_heads": 2**24, "head_dim": 2**24}, "n_head 16777216 times"),
+        ({"max_position_embeddings": 2**21, "head_dim": 1024}, "context_length 2097152 times head_dim 1024"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:99],
 )
 def test_configurations(model: Path, changes: dict[str, Any], word: str) -> None:
     configure(model, **changes)
@@ -135,6 +158,39 @@ def test_damaged_configurations(model: Path, content: bytes) -> None:
     refused(model, "config.json")
 
 
+def test_configurations_that_never_end(model: Path) -> None:
+    for make in (os.mkfifo, lambda path: os.symlink("/dev/zero", path)):
+        (model / "config.json").unlink()
+        make(model / "config.json")
+        refused(model, "config.json: is no regular file")
+
+
+def test_names_that_occur_twice(good: Path, tmp_path: Path) -> None:
+    """Whoever takes the first and whoever takes the last would have different models."""
+    folder = shutil.copytree(good.with_name("shards"), tmp_path / "shards")
+    for file in ("config.json", SHARDS):
+        text = (folder / file).read_text()
+        name = "rms_norm_eps" if file == "config.json" else "model.norm.weight"
+        (folder / file).write_text(text.replace(f'"{name}":', f'"{name}": 0.5, "{name}":'))
+        refused(folder, f"{file}: is not readable JSON ('{name}' is given twice)")
+        (folder / file).write_text(text)
+    path = sorted(folder.glob("*.safetensors"))[0]
+    data = path.read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
+    name, entry = next((n, e) for n, e in json.loads(data[8 : 8 + size]).items() if n != "__metadata__")
+    header = f'{{"{name}":{json.dumps(entry)},'.encode() + data[9 : 8 + size]
+    path.write_bytes(struct.pack("<Q", len(header)) + header + data[8 + size :])
+    refused(folder, f"{path.name}: its header is not readable JSON ('{name}' is given twice)")
+
+
+def test_one_file_and_an_index_of_others(good: Path, model: Path) -> None:
+    shutil.copy(good.with_name("shards") / SHARDS, model)
+    refused(model, f"has model.safetensors, and {SHARDS} that lists other files; remove one of them")
+    names = dict.fromkeys(load_file(model / "model.safetensors"), "model.safetensors")
+    (model / SHARDS).write_text(json.dumps({"weight_map": names}))
+    assert from_pretrained(model).config == LLAMA
+
+
 def test_missing_files(model: Path, tmp_path: Path) -> None:
     (model / "model.safetensors").unlink()
     refused(model, "has no model.safetensors")
@@ -157,7 +213,11 @@ def test_missing_files(model: Path, tmp_path: Path) -> None:
         ({"model.extra": torch.zeros(2)}, "has unexpected model.extra"),
         ({"model.norm.weight": torch.ones(17)}, "model.norm.weight has shape (17,); config.json asks for (16,)"),
         ({"model.norm.weight": torch.ones(16, 1)}, "model.norm.weight has shape (16, 1)"),
-        ({"model.norm.weight": torch.ones(16, dtype=torch.int8)}, "model.norm.weight is I8; only F64"),
+        ({"model.norm.weight": torch.ones(16, dtype=torch.int8)}, "model.norm.weight is I8; only F32"),
+        (
+            {"model.norm.weight": torch.ones(16, dtype=torch.float64)},
+            "model.norm.weight is F64; only F32, BF16, F16 are supported; convert it",
+        ),
         ({"model.layers.0.self_attn.k_proj.weight": torch.ones(24, 16)}, "config.json asks for (12, 16)"),
     ],
     ids=str,
