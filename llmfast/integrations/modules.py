@@ -1,12 +1,15 @@
 """Which modules of transformers and PyTorch have a twin over `llmfast.ops`, by class, and how one becomes the other.
 
 A module stays the same object with the same parameters, names and hooks: only its class changes, to a subclass with
-another `forward`. So state dicts, PEFT, gradient checkpointing and torch.compile see no difference, and the way back
-is the old class.
+another `forward` and the same name, by which Trainer, PEFT and `save_pretrained` know classes. So they, state dicts,
+gradient checkpointing and torch.compile see no difference, and the way back is the old class.
 """
 
+import copy
 import functools
+import importlib
 import re
+import sys
 from collections.abc import Callable
 from types import CellType, FunctionType
 from typing import Any, Literal
@@ -68,7 +71,7 @@ def gated_mlp(activation: Activation) -> Maker:
             gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
             if gate.dtype is not up.dtype:  # an adapter on one of them may change its dtype
                 return down(self.act_fn(gate) * up)
-            if torch.is_grad_enabled() and _is_plain(down) and down.weight.requires_grad:
+            if torch.is_grad_enabled() and is_plain(down) and down.weight.requires_grad:
                 layer = (down.weight,) if down.bias is None else (down.weight, down.bias)
                 return ops.activation_linear(gate, *autocast(*layer), up=up, activation=activation)
             if activation == "silu":
@@ -80,7 +83,7 @@ def gated_mlp(activation: Activation) -> Maker:
     return make
 
 
-def _is_plain(linear: nn.Module) -> bool:
+def is_plain(linear: nn.Module) -> bool:
     """Whether F.linear of its parameters is all that it does: no adapter, quantisation or hook is in the way."""
     hooks = (linear._forward_pre_hooks, linear._forward_hooks, linear._backward_pre_hooks, linear._backward_hooks)
     return type(linear) is nn.Linear and "forward" not in vars(linear) and not any(hooks)
@@ -170,6 +173,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "GELUTanh": "gelu_tanh",
     "GELUActivation": "gelu",
 }
+ALREADY = "it is ours already"
 # A module whose class is called so does what ours could; if the tables lack it, the report says so.
 CANDIDATE = re.compile(r"Norm|MLP|[GS]E?I?LU|Activation")
 
@@ -178,7 +182,7 @@ def twin_of(module: nn.Module) -> Twin | str | None:
     """What can run in its place, or why nothing can, or None for a module that is none of our business."""
     kind, home = type(module).__name__, type(module).__module__
     if is_ours(module):
-        return "it is ours already"
+        return ALREADY
     if home.startswith("transformers."):
         if kind in GATED_MLPS:
             return _gated(module)
@@ -209,18 +213,46 @@ def _rotary(module: nn.Module) -> Twin | str:
 
 
 @functools.cache
-def _subclass(base: type[nn.Module], name: str, make: Maker) -> type[nn.Module]:
-    members = {"forward": functools.wraps(base.forward)(make(base)), "__module__": base.__module__, "_llmfast": name}
-    return type(f"LLMFast{base.__name__}", (base,), members)
+def _subclass(base: type[nn.Module], make: Maker) -> type[nn.Module]:
+    named = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
+    pickled = {"__reduce_ex__": _reduce, "__deepcopy__": _deepcopy}
+    forward = functools.wraps(base.forward)(make(base))
+    return type(base.__name__, (base,), {**named, **pickled, "forward": forward, "_llmfast": base})
+
+
+_BY = "_llmfast_by"  # an attribute of modules rather than a list of them, so that copies have it, such as PEFT makes
+
+
+def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+    """Pickled as what it was: by its name that class is found, not ours."""
+    return _empty, (self._llmfast,), {name: value for name, value in self.__getstate__().items() if name != _BY}
+
+
+def _empty(base: Any) -> nn.Module:
+    """For a pickle to fill, whose model may name our attention: importing registers it."""
+    if "transformers" in sys.modules:
+        importlib.import_module(f"{__package__}.transformers")
+    return base.__new__(base)
+
+
+def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+    """As without it, but for `_reduce`: a copy is ours too."""
+    copied = memo[id(self)] = self.__new__(type(self))
+    copied.__setstate__(copy.deepcopy(nn.Module.__getstate__(self), memo))
+    return copied
 
 
 def is_ours(module: nn.Module) -> bool:
     return "_llmfast" in vars(type(module))
 
 
-def replace(module: nn.Module, twin: Twin) -> None:
-    module.__class__ = _subclass(type(module), *twin)
+def replace(module: nn.Module, twin: Twin, by: int) -> None:
+    module.__class__ = _subclass(type(module), twin[1])
+    vars(module)[_BY] = by
 
 
-def restore(module: nn.Module) -> None:
-    module.__class__ = type(module).__bases__[0]
+def restore(module: Any, by: int) -> None:
+    """Back to what it was, if it was replaced `by` the one that asks."""
+    if is_ours(module) and vars(module).get(_BY) == by:
+        del vars(module)[_BY]
+        module.__class__ = type(module)._llmfast

@@ -7,7 +7,9 @@ report.undo()
 """
 
 import functools
+import itertools
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,17 +23,20 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .. import ops
 from ..errors import InputError
-from ..nn.functional import autocast, scaled_dot_product_attention, warn_fallback
+from ..nn.functional import autocast, fall_back, scaled_dot_product_attention
 from . import modules
 
 NAME = "llmfast"
+# What our attention lacks: arguments of it, and the attributes of attention modules that hold them, None without one.
+LACKS = {"softcap": "attn_logit_softcapping", "s_aux": "sinks"}
 
 
 def mask(*, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
     """None where plain causal attention gives every token what it should have, else transformers' boolean mask.
 
-    That is so of batches padded on the right as well: no token sees the padding behind it. What padding itself gets
-    is then another value than with "sdpa", which nothing may use. Values of masks are not looked at under a compiler.
+    With gradients that is so of batches padded on the right as well: no token sees the padding behind it. What padding
+    itself gets is then another value than with "sdpa", which no loss may use; without gradients `generate` does, which
+    goes on from the last position whatever it holds. Values of masks are not looked at under a compiler.
     """
     positions = options.get("cache_position")  # of the queries, in transformers 5.3; later their number and the first
     if positions is None:
@@ -39,7 +44,8 @@ def mask(*, attention_mask: Tensor | None = None, **options: Any) -> Tensor | No
     else:
         length, first = positions.shape[0], positions[0]
     plain_causal = options.get("allow_is_causal_skip", True) and not torch.compiler.is_compiling()
-    if plain_causal and attention_mask is not None and attention_mask.shape[-1] == length and first == 0:
+    training = plain_causal and torch.is_grad_enabled()
+    if training and attention_mask is not None and attention_mask.shape[-1] == length and first == 0:
         if not (attention_mask[:, 1:] & ~attention_mask[:, :-1]).any():
             attention_mask = None
     return sdpa_mask(attention_mask=attention_mask, **options)
@@ -59,14 +65,15 @@ def attention_forward(
     """query: (B, H, Tq, D); key, value: (B, Hkv, Tk, D) -> (B, Tq, H, D).
 
     No mask means causal attention from the top left, or for a single query all of the keys, as `mask` and
-    transformers' sdpa have it. Where there is a mask, or dropout, transformers' sdpa runs, which is said once.
+    transformers' sdpa have it. Where there is a mask, or dropout, transformers' sdpa runs, which is said once, or is an
+    error in strict mode and where a backend is asked for by name.
     """
-    for name in ("softcap", "s_aux"):
+    for name in LACKS:
         if options.get(name) is not None:
             raise InputError(f"attn_implementation='{NAME}' does not support {name}; use 'eager'")
     reason = _why_not(attention_mask, dropout, options)
     if reason is not None:
-        warn_fallback(f"attn_implementation='{NAME}'", reason)
+        fall_back(f"attn_implementation='{NAME}'", reason, query.device.type)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **options
         )
@@ -79,8 +86,9 @@ def attention_forward(
 def _why_not(attention_mask: Tensor | None, dropout: float, options: dict[str, Any]) -> str | None:
     if attention_mask is not None:
         return (
-            "a mask is needed (padding on the left, packed sequences, a window shorter than the keys, a static cache,"
-            " several tokens after a cache, or any attention_mask under a compiler)"
+            "a mask is needed (padding on the left, or without gradients on the right, packed sequences, a window"
+            " shorter than the keys, a static cache, several tokens after a cache, or any attention_mask under a"
+            " compiler)"
         )
     if dropout > 0.0:
         return "dropout is not 0"
@@ -130,12 +138,13 @@ CAUSAL_LMS = frozenset(f"{family}ForCausalLM" for family in ("Llama", "Mistral",
 def without_logits(base: type[nn.Module]) -> modules.Forward:
     """A training step's loss by ops.linear_cross_entropy: no logits are held, and output.logits is None.
 
-    Anything else (no labels, model.eval(), logits_to_keep, an lm_head that an adapter wraps, a tuple as the result) is
-    the model's own forward.
+    Anything else (no labels, model.eval(), logits_to_keep, an lm_head that an adapter wraps or that has hooks, a tuple
+    as the result) is the model's own forward.
     """
 
     def forward(self: Any, *args: Any, labels: Tensor | None = None, **options: Any) -> Any:
-        plain = type(self.lm_head) is nn.Linear and not options.get("logits_to_keep")
+        keep = options.get("logits_to_keep")
+        plain = modules.is_plain(self.lm_head) and not isinstance(keep, Tensor) and not keep
         plain = plain and options.get("return_dict") is not False and len(args) <= 5  # the sixth would be labels
         if labels is None or not self.training or not plain:
             return base.forward(self, *args, labels=labels, **options)
@@ -160,7 +169,8 @@ class Report:
     model: nn.Module = field(repr=False)
     replaced: dict[str, str]
     left: dict[str, str]
-    _undo: list[functools.partial[Any]] = field(default_factory=list, repr=False)
+    _undo: list[Callable[[], Any]] = field(default_factory=list, repr=False)
+    _number: int = field(default_factory=itertools.count().__next__, repr=False)
 
     def __str__(self) -> str:
         lines = [f"replaced {len(self.replaced)}, left {len(self.left)}"]
@@ -171,10 +181,12 @@ class Report:
         return "\n".join(lines)
 
     def undo(self) -> None:
-        """Put everything back, also in copies that others have made of modules inside the model since."""
+        """Put back what this report replaced, also in copies that others have made of modules inside the model since.
+
+        What another report of the same model replaced stays, in whatever order the two are undone.
+        """
         for module in self.model.modules():
-            if modules.is_ours(module):
-                modules.restore(module)
+            modules.restore(module, self._number)
         while self._undo:
             self._undo.pop()()
 
@@ -183,7 +195,9 @@ def accelerate(model: nn.Module, *, attention: bool = True, skip_logits: bool = 
     """Run our kernels in a model of transformers, or one that PEFT wraps: norms, MLPs, loss and attention.
 
     Only classes in the tables are touched; `print` the report for what was. Parameters stay where they are, under
-    their names. With `skip_logits` a training step never holds the logits, and its output has none.
+    their names. With `skip_logits` a training step never holds the logits, and its output has none. A deep copy of
+    the model is accelerated, too. A pickle, such as torch.save's of a whole model, has transformers' own modules beside
+    our loss and attention: accelerate what is loaded from it.
     """
     report = Report(model, {}, {})
     within: list[str] = []  # gated MLPs, whose activations are part of what was replaced
@@ -193,10 +207,10 @@ def accelerate(model: nn.Module, *, attention: bool = True, skip_logits: bool = 
             continue
         if isinstance(twin, str):
             report.left[name] = twin
-            continue
-        report.replaced[name] = f"{type(module).__name__} by {twin[0]}"
-        modules.replace(module, twin)
-        if hasattr(module, "act_fn"):
+        else:
+            report.replaced[name] = f"{type(module).__name__} by {twin[0]}"
+            modules.replace(module, twin, report._number)
+        if modules.is_ours(module) and hasattr(module, "act_fn"):
             within.append(f"{name}.")
     for name in [n for n in report.left if any(other.startswith(f"{n}.") for other in report.replaced)]:
         del report.left[name]  # a part of it was replaced: GPT-2's MLP is its activation to us
@@ -209,21 +223,24 @@ def accelerate(model: nn.Module, *, attention: bool = True, skip_logits: bool = 
 
 
 def _replace_loss(name: str, model: Any, skip_logits: bool, report: Report) -> None:
-    label = f"{name}.loss_function".lstrip(".")
-    if model.loss_function is not ForCausalLMLoss:
-        report.left[label] = f"{getattr(model.loss_function, '__name__', model.loss_function)} is not ForCausalLMLoss"
+    label, loss = f"{name}.loss_function".lstrip("."), model.loss_function
+    if loss is ForCausalLMLoss:
+        undo = functools.partial(delattr, model, "_loss_function")
+        if "_loss_function" in vars(model):
+            undo = functools.partial(setattr, model, "_loss_function", loss)
+        model.loss_function = causal_lm_loss
+        report._undo.append(undo)
+        report.replaced[label] = "ForCausalLMLoss by ops.cross_entropy"
+    elif loss is causal_lm_loss:
+        report.left[label] = modules.ALREADY
+    else:
+        report.left[label] = f"{getattr(loss, '__name__', loss)} is not ForCausalLMLoss"
         return
-    undo = functools.partial(delattr, model, "_loss_function")
-    if "_loss_function" in vars(model):
-        undo = functools.partial(setattr, model, "_loss_function", model.loss_function)
-    model.loss_function = causal_lm_loss
-    report._undo.append(undo)
-    report.replaced[label] = "ForCausalLMLoss by ops.cross_entropy"
-    if not skip_logits:
+    if not skip_logits or modules.is_ours(model):
         return
     kind = type(model).__name__
     if kind in CAUSAL_LMS and type(model).__module__.startswith("transformers."):
-        modules.replace(model, ("ops.linear_cross_entropy", without_logits))
+        modules.replace(model, ("ops.linear_cross_entropy", without_logits), report._number)
         report.replaced[name] = f"{kind}'s loss by ops.linear_cross_entropy"
     else:
         report.left[name] = f"{kind} is not known to compute its logits by lm_head alone"
@@ -231,6 +248,13 @@ def _replace_loss(name: str, model: Any, skip_logits: bool, report: Report) -> N
 
 def _replace_attention(name: str, model: PreTrainedModel, report: Report) -> None:
     before, label = str(model.config._attn_implementation), f"{name}.attn_implementation".lstrip(".")
+    lacking = [what for what, held in LACKS.items() if any(getattr(m, held, None) is not None for m in model.modules())]
+    if lacking:
+        report.left[label] = f"{NAME} attention does not support {' and '.join(lacking)}; {before} stays"
+        return
+    if before == NAME:
+        report.left[label] = modules.ALREADY
+        return
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation == NAME:
         report._undo.append(functools.partial(model.set_attn_implementation, before))

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops
+from .. import environment, ops
+from ..errors import BackendError
 from ..ops import arguments, registry
 from ..ops.functional import run
 
@@ -27,12 +28,13 @@ def scaled_dot_product_attention(
 
     query: (B, H, Tq, D); key, value: (B, Hkv, Tk, D) -> (B, H, Tq, D). `is_causal` is aligned top left, as PyTorch has
     it: query i sees keys j <= i. Masks, dropout, other shapes and dtypes without a kernel go to PyTorch's function,
-    which a BackendFallbackWarning says once; `explain` says it of a call. Under autocast the three are cast, as there.
-    A single query that needs no gradient runs ops.decode_attention, anything else ops.attention.
+    which a BackendFallbackWarning says once; `explain` says it of a call. In strict mode, and where a backend is asked
+    for by name, they raise BackendError. Under autocast the three are cast, as there. A single query that needs no
+    gradient runs ops.decode_attention, anything else ops.attention.
     """
     call = _plan(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if isinstance(call, str):
-        warn_fallback("scaled_dot_product_attention", call)
+        fall_back("scaled_dot_product_attention", call, query.device.type)
         options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
     op, args = call
@@ -62,8 +64,17 @@ def _warn_once(message: str) -> None:
 
 
 @torch.compiler.assume_constant_result  # a compiler runs it while it traces, so that compiled code is no quieter
-def warn_fallback(function: str, reason: str) -> None:
-    """Say once that PyTorch's function runs in place of ours."""
+def fall_back(function: str, reason: str, device: str) -> None:
+    """Say once that PyTorch's attention runs in place of ours, or raise where ops.attention would: see registry.choose.
+
+    Under a compiler that is settled while it traces, as the choice of a backend is.
+    """
+    asked, rows = registry.current_backend(), registry.BACKENDS["attention"]
+    if any(row.name == asked for row in rows):
+        raise BackendError(f"{function}: {asked} cannot run it, because {reason}; backend 'auto' runs PyTorch's")
+    strict = asked == registry.AUTO and (registry._strict.get() or environment.strict())
+    if strict and any(device in row.devices for row in rows):
+        raise BackendError(f"{function}: strict mode forbids PyTorch's, and {reason}")
     _warn_once(f"{function}: PyTorch's runs, because {reason}")
 
 

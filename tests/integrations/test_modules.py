@@ -45,7 +45,7 @@ def test_attention_inside_decorators_rotates_by_ours_and_they_run() -> None:
     module = attention(renames, renames)
     twin = modules.twin_of(module)
     assert isinstance(twin, tuple) and twin[0] == "ops.rope"
-    modules.replace(module, twin)
+    modules.replace(module, twin, by=0)
     q, k = torch.randn(2, 3, 5, 8), torch.randn(2, 1, 5, 8)
     angles = torch.randn(5, 4)
     tables = {name: f(angles).repeat(1, 2)[None] for name, f in (("cos", torch.cos), ("sin", torch.sin))}

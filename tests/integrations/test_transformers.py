@@ -178,6 +178,8 @@ def test_padded_batches_are_the_same_where_tokens_are(name: str, side: str) -> N
     valid = mask.bool()
     results = [m(input_ids=x, attention_mask=mask).logits[valid] for m in (ours, theirs)]
     assert_equal(*results)
+    with torch.no_grad():  # then padding is the same, too
+        assert_equal(*(m(input_ids=x, attention_mask=mask).logits for m in (ours, theirs)))
     labels = x.masked_fill(~valid, -100)
     if side == "left":
         labels[:, :-1][~valid[:, :-1]] = -100
@@ -194,17 +196,26 @@ def test_padding_on_the_right_runs_ours_and_on_the_left_says_why_not(monkeypatch
         model(input_ids=tokens(), attention_mask=padding("left"))
 
 
-@pytest.mark.parametrize("side", [None, "left"])
+@pytest.mark.parametrize(("backend", "strict"), [("auto", True), ("cpp", False)])
+def test_transformers_attention_is_an_error_in_strict_mode_and_of_a_named_backend(backend: str, strict: bool) -> None:
+    model = make(LLAMA, fast.NAME)
+    with ops.use_backend(backend, strict=strict):
+        model(input_ids=tokens(), attention_mask=padding("right"))
+        with pytest.raises(BackendError, match="padding on the left"):
+            model(input_ids=tokens(), attention_mask=padding("left"))
+
+
+@pytest.mark.parametrize("side", [None, "left", "right"])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma3", "gpt2"])
 def test_greedy_generation_is_the_same(name: str, cache: str, side: str | None) -> None:
+    """Also where a row ends in padding: it goes on from there. A window that holds only padding is eager's own case."""
     x = tokens()
     mask = torch.ones_like(x) if side is None else padding(side)
     options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache}
     options |= {"disable_compile": True, "output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0}
-    ours, theirs = (
-        m.eval().generate(x, attention_mask=mask, **options) for m in (make_ours(name), make(name, "eager"))
-    )
+    theirs = make(name, "sdpa" if side == "right" else "eager")
+    ours, theirs = (m.eval().generate(x, attention_mask=mask, **options) for m in (make_ours(name), theirs))
     assert torch.equal(ours.sequences, theirs.sequences)
     assert_equal(torch.stack(ours.logits), torch.stack(theirs.logits))
 

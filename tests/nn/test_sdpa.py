@@ -80,6 +80,36 @@ def test_falls_back_to_pytorchs_and_says_so_once(given: dict[str, Any], options:
     assert reason in functional.explain(*tensors(**given), **options)
 
 
+STRICT = {"strict": ("auto", True), "cpp": ("cpp", False)}
+
+
+@pytest.mark.parametrize(("given", "options", "reason"), PYTORCHS.values(), ids=PYTORCHS)
+@pytest.mark.parametrize(("backend", "strict"), STRICT.values(), ids=STRICT)
+def test_strict_mode_and_a_named_backend_forbid_pytorchs(
+    backend: str, strict: bool, given: dict[str, Any], options: dict[str, Any], reason: str
+) -> None:
+    """As they do the reference to ops."""
+    reason = reason.replace("cpp has", "has") if backend == "cpp" else reason
+    with ops.use_backend(backend, strict=strict), pytest.raises(BackendError, match=reason):
+        sdpa(*tensors(**given), **options)
+
+
+def test_the_environment_is_strict_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMFAST_STRICT", "1")
+    with pytest.raises(BackendError, match="strict mode"):
+        sdpa(*tensors(), dropout_p=0.5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cuda"])
+def test_backends_that_attention_has_no_kernels_of_forbid_nothing(backend: str) -> None:
+    """As with ops, which then run the reference."""
+    with ops.use_backend(backend, strict=True):
+        assert_same(tensors(), is_causal=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ops.BackendFallbackWarning)
+            assert_same(tensors(), attn_mask=torch.ones(9, 9, dtype=torch.bool).tril())
+
+
 def test_dropout_is_pytorchs() -> None:
     q, k, v = tensors()
     results = []
@@ -122,6 +152,8 @@ def test_tensors_without_data_have_shapes() -> None:
     q, k, v = tensors(device="meta")
     with pytest.warns(ops.BackendFallbackWarning, match="not on meta"):
         assert sdpa(q, k, v, is_causal=True).shape == q.shape
+    with ops.use_backend("auto", strict=True):  # there are no kernels to prefer
+        assert sdpa(q, k, v, is_causal=True).shape == q.shape
 
 
 @pytest.mark.slow
@@ -136,6 +168,14 @@ def test_compiles_without_a_break_and_warns_as_well(masked: bool) -> None:
     assert any("attn_mask" in str(w.message) for w in caught) == masked
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.slow
+def test_strict_mode_forbids_pytorchs_while_a_compiler_traces() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(sdpa, fullgraph=True, backend="aot_eager")
+    with ops.use_backend("auto", strict=True), pytest.raises(Exception, match="strict mode forbids PyTorch's"):
+        compiled(*tensors(), torch.ones(9, 9, dtype=torch.bool).tril())
 
 
 def test_is_exported() -> None:
