@@ -64,7 +64,9 @@ def _round(
     """rows: (M, N) -> it in `dtype`, if `keep`, and (N, M up to a multiple of 16) transposed, if `turn`."""
     n_rows, n_cols = rows.shape
     padded = cdiv(n_rows, 16) * 16
-    by_torch = not rows.is_cuda and triton.knobs.runtime.interpret  # Triton's interpreter rounds to 8 bits wrongly
+    # PyTorch rounds what is float32, whose tiles Triton 3.6 turns wrongly once they are of 8 bits, and what Triton's
+    # interpreter would round wrongly.
+    by_torch = rows.dtype == torch.float32 or (not rows.is_cuda and triton.knobs.runtime.interpret)
     written = torch.float32 if by_torch else dtype
     y = torch.empty((n_rows if keep else 0, n_cols), dtype=written, device=rows.device)
     transposed = torch.empty((n_cols, padded if turn else 0), dtype=written, device=rows.device)
@@ -99,22 +101,23 @@ def fp8_linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def fp8_linear_kept(
     x: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
     """The same, and what the gradients that `needs` names will ask for: x (N, rows padded) and weight (N, M), rounded
-    and transposed, and what the two are to be multiplied by, (2,)."""
+    and transposed, and what each is to be multiplied by, () float32."""
     rows, weight = as_rows(x), as_rows(weight)
-    scales = torch.ones((2,), dtype=torch.float32, device=x.device)
+    # Apart: the library takes no scale at an odd address.
+    x_scale, w_scale = (torch.ones((), dtype=torch.float32, device=x.device) for _ in range(2))
     if rows.shape[0] == 0:
-        return x.new_zeros((*x.shape[:-1], weight.shape[0])), None, None, scales
-    x8, x_turned = _round(rows, E4M3, column_sums_and_maxima(rows, False)[1], scales[0], True, needs[1])
-    w8, w_turned = _round(weight, E4M3, column_sums_and_maxima(weight, False)[1], scales[1], True, needs[0])
+        return x.new_zeros((*x.shape[:-1], weight.shape[0])), None, None, x_scale, w_scale
+    x8, x_turned = _round(rows, E4M3, column_sums_and_maxima(rows, False)[1], x_scale, True, needs[1])
+    w8, w_turned = _round(weight, E4M3, column_sums_and_maxima(weight, False)[1], w_scale, True, needs[0])
     assert x8 is not None and w8 is not None
-    out = _product(x8, w8, scales[0], scales[1], x.dtype, True, bias)
-    return out.view(*x.shape[:-1], weight.shape[0]), x_turned, w_turned, scales
+    out = _product(x8, w8, x_scale, w_scale, x.dtype, True, bias)
+    return out.view(*x.shape[:-1], weight.shape[0]), x_turned, w_turned, x_scale, w_scale
 
 
 def fp8_linear_bwd(
-    dout: Tensor, x: Tensor | None, weight: Tensor | None, scales: Tensor, shape: tuple[int, int],
+    dout: Tensor, x: Tensor | None, weight: Tensor | None, x_scale: Tensor, w_scale: Tensor, shape: tuple[int, int],
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """dout: (..., M), and what `fp8_linear_kept` gave of a weight of `shape` (M, N) -> dx (..., N), dweight (M, N) in
@@ -124,15 +127,15 @@ def fp8_linear_bwd(
     if rows.shape[0] == 0:
         dx = dout.new_zeros((*dout.shape[:-1], n_in)) if needs[0] else None
         dweight = dout.new_zeros(shape) if needs[1] else None
-        return dx, dweight, scales.new_zeros(n_out) if needs[2] else None
+        return dx, dweight, w_scale.new_zeros(n_out) if needs[2] else None
     dbias, maxima = column_sums_and_maxima(rows, needs[2])
     scale = torch.empty((), dtype=torch.float32, device=dout.device)
     kept, turned = _round(rows, E5M2, maxima, scale, needs[0], needs[1])
     dx = dweight = None
     if kept is not None and weight is not None:
-        dx = _product(kept, weight, scale, scales[1], dout.dtype, False).view(*dout.shape[:-1], n_in)
+        dx = _product(kept, weight, scale, w_scale, dout.dtype, False).view(*dout.shape[:-1], n_in)
     if turned is not None and x is not None:
-        dweight = _product(turned, x, scale, scales[0], dout.dtype, False)
+        dweight = _product(turned, x, scale, x_scale, dout.dtype, False)
     return dx, dweight, dbias
 
 

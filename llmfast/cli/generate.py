@@ -104,7 +104,8 @@ def _continue(
 ) -> Iterator[str]:
     """The text that the model puts behind `ids`, as it comes."""
     decoder, chosen = tokenizer.stream_decoder(), {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    for token in inference.generate(model, ids, max_tokens, **chosen, seed=seed, stop_ids=tokenizer.stop_ids):
+    known = {"stop_ids": tokenizer.stop_ids, "vocab_size": tokenizer.vocab_size}
+    for token in inference.generate(model, ids, max_tokens, **chosen, **known, seed=seed):
         yield decoder.push(token)
     yield decoder.finish()
 

@@ -138,9 +138,10 @@ _RESULTS: dict[str, Callable[..., Any]] = {
         x.new_empty((*x.shape[:-1], weight.shape[0])),
         _fp8(x, x.shape[-1], (math.prod(x.shape[:-1]) + 15) // 16 * 16) if needs[1] else None,
         _fp8(x, weight.shape[1], weight.shape[0]) if needs[0] else None,
-        _float(x, 2),
+        _float(x),
+        _float(x),
     ),
-    "fp8_linear_bwd": lambda dout, x, weight, scales, shape, needs: (
+    "fp8_linear_bwd": lambda dout, x, weight, x_scale, w_scale, shape, needs: (
         dout.new_empty((*dout.shape[:-1], shape[1])) if needs[0] else None,
         dout.new_empty(shape) if needs[1] else None,
         _float(dout, shape[0]) if needs[2] else None,

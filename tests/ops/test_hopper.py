@@ -55,14 +55,14 @@ def test_runs_where_tma_can_read() -> None:
     assert limits(*(t[..., :128] for t in large), direction="bwd") is None
 
 
-def test_explain_says_which_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explain_says_which_kernels(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     pytest.importorskip("triton")
     portable = importlib.import_module("llmfast.kernels.attention")
     monkeypatch.setattr(portable, "architecture", lambda device: 90)
-    q = torch.zeros(1, 5, 2, 256, dtype=torch.float16)
+    q = torch.zeros(1, 5, 2, 256, dtype=torch.float16, device=device)
     own, other = "sm_90's own kernel", "portable, sm_90's own takes head dimensions up to 128 that are multiples of 8"
     assert f"({'forward: ' + own}; backward: {other}, not 256)" in llmfast.ops.explain("attention", q, q, q)
-    starts = torch.tensor([0, 5], dtype=torch.int32)
+    starts = torch.tensor([0, 5], dtype=torch.int32, device=device)
     packed = *(q[0, ..., :64],) * 3, starts, starts, 5, 5
     assert f"(forward: {own}; backward: {own})" in llmfast.ops.explain("attention_varlen", *packed)
     monkeypatch.setattr(portable, "architecture", lambda device: 80)

@@ -70,6 +70,9 @@ class AttentionCase(Defaults):
         if tensors[0].numel() == 0:  # which some of its kernels return None for
             return tensors[0] + 0 * (tensors[1].sum() + tensors[2].sum())
         q, k, v = (t.transpose(1, 2) for t in tensors)
+        scale = self.head_dim**-0.5 if self.scale is None else self.scale
+        if scale <= 0.0:  # of which some of its kernels make NaN
+            q, scale = (q * -1.0, -scale) if scale else (q * 0.0, 1.0)
         mask = None
         if self.causal and (self.n_queries != self.n_keys or self.window or self.softcap):
             visible = torch.ones(self.n_queries, self.n_keys, dtype=torch.bool, device=q.device)
@@ -77,13 +80,12 @@ class AttentionCase(Defaults):
             mask = mask.triu(self.n_keys - self.n_queries - self.window + 1) if self.window else mask
         if self.softcap:
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
-            scale = self.head_dim**-0.5 if self.scale is None else self.scale
             scores = self.softcap * torch.tanh(q @ k.transpose(-1, -2) * scale / self.softcap)
             scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
             probabilities = torch.softmax(scores, -1)
             return ((probabilities if mask is None else probabilities.masked_fill(~mask, 0.0)) @ v).transpose(1, 2)
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=self.causal and mask is None, scale=self.scale,
+            q, k, v, attn_mask=mask, is_causal=self.causal and mask is None, scale=scale,
             enable_gqa=self.heads != self.kv_heads,
         )  # fmt: skip
         if mask is not None:
