@@ -121,7 +121,12 @@ def curves(record: dict[str, Any]) -> list[str]:
     for name, runs in record["runs"].items():
         lines.append(line(name, [f"{sum(run[-last:]) / last:.4f}" for run in runs]))
     between, seeds = (record["summary"][key] for key in ("between", "seeds"))
-    return [*lines, "", f"Ours less plain: {between:+.4f} on average; standard deviation over seeds: {seeds:.4f}."]
+    first, second = record["runs"]
+    return [
+        *lines,
+        "",
+        f"{first} less {second}: {between:+.4f} on average; standard deviation over seeds: {seeds:.4f}.",
+    ]
 
 
 def hugging_face(record: dict[str, Any]) -> list[str]:
@@ -172,6 +177,10 @@ def jobs(stem: str, record: dict[str, Any]) -> list[str]:
         runs = {run["name"]: run for run in record["runs"] if "error" not in run}
     else:
         return []
+    if "llmfast fp8" in runs:
+        parts["8-bit step"] = f"{parts['step']}, in 8 bits"
+        fp8 = runs.pop("llmfast fp8")["step"]
+        runs = {name: run | {"8-bit step": fp8 if name == "llmfast" else run["step"]} for name, run in runs.items()}
     lines = []
     for part, what in parts.items():
         mine, *peers = ((name, runs[name][part]) for name in order if name in runs)

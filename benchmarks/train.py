@@ -189,7 +189,7 @@ CATEGORIES = {  # the first that a kernel's name contains
     "norms": ("norm", "sum_partials"),
     "cross-entropy": ("cross_entropy", "reduce_losses", "log_softmax", "nll"),
     "GELU": ("activation", "gelu"),
-    "8-bit rounding": ("round_kernel", "columns_kernel"),
+    "column sums, 8-bit rounding": ("round_kernel", "columns_kernel"),
     "AdamW": ("adam", "multi_tensor"),
     "embedding": ("embedding", "sort", "radix", "searchsorted", "index"),
     "copies and fills": ("memcpy", "memset", "copy", "fill", "cat"),

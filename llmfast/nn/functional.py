@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import environment, ops
+from .. import ops
 from ..errors import BackendError
 from ..ops import arguments, registry
 from ..ops.functional import run
@@ -72,7 +72,7 @@ def fall_back(function: str, reason: str, device: str) -> None:
     asked, rows = registry.current_backend(), registry.BACKENDS["attention"]
     if any(row.name == asked for row in rows):
         raise BackendError(f"{function}: {asked} cannot run it, because {reason}; backend 'auto' runs PyTorch's")
-    strict = asked == registry.AUTO and (registry._strict.get() or environment.strict())
+    strict = asked == registry.AUTO and registry.strict()
     if strict and any(device in row.devices for row in rows):
         raise BackendError(f"{function}: strict mode forbids PyTorch's, and {reason}")
     _warn_once(f"{function}: PyTorch's runs, because {reason}")

@@ -89,6 +89,11 @@ class BackendFallbackWarning(UserWarning):
     """auto took the reference although a kernel exists for this device."""
 
 
+def strict() -> bool:
+    """Whether auto raises where it would fall back: `use_backend(strict=True)`, or LLMFAST_STRICT=1."""
+    return _strict.get() or environment.strict()
+
+
 def _check_name(name: str, origin: str) -> str:
     if name not in NAMES:
         raise InputError(f"unknown backend {name!r} ({origin}); choose one of: {', '.join(NAMES)}")
@@ -234,7 +239,7 @@ def choose(op: str, requested: str | None, args: tuple[Any, ...]) -> ModuleType 
         return None
     if name != AUTO:
         raise BackendError(f"{op}: {reasons[0]}; backend='auto' takes one that can run")
-    if _strict.get() or environment.strict():
+    if strict():
         raise BackendError(f"{op}: strict mode forbids the reference, and {'; '.join(reasons)}")
     _warn_once(op, "; ".join(reasons))
     return None
