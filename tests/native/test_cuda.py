@@ -4,9 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from llmfast import ops
 from llmfast.testing.arguments import native_arguments
+
+from .test_ops import call_with_changes
 
 pytestmark = pytest.mark.gpu
 
@@ -43,6 +47,13 @@ def test_messages(op: str, position: int, change, said: str) -> None:
     arguments[position] = change(arguments[position])
     with pytest.raises(RuntimeError, match=said):
         getattr(torch.ops.llmfast, op)(*arguments)
+
+
+@settings(max_examples=2500, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_wrong_arguments_are_refused_by_name_and_never_crash(data: st.DataObject) -> None:
+    call_with_changes(data, "cuda", OPS, [torch.float32, torch.float16, torch.bfloat16])
+    torch.cuda.synchronize()  # where a kernel that read what it must not would say so
 
 
 def test_a_target_out_of_range_gives_nan_and_no_crash() -> None:

@@ -62,6 +62,7 @@ CHANGES: dict[str, Callable[[Tensor], Any]] = {
     "reversed": lambda t: t.flip(0) if t.dim() else t,
     "sparse": sparse,
     "meta": lambda t: t.to("meta"),
+    "cpu": lambda t: t.cpu(),
     "huge target": lambda t: torch.full_like(t, 2**60) if t.dtype == torch.int64 else t,
     "nan": lambda t: torch.full_like(t, float("nan")) if t.is_floating_point() else t,
     "list": lambda t: t.tolist(),
@@ -72,19 +73,22 @@ CHANGES: dict[str, Callable[[Tensor], Any]] = {
 @settings(max_examples=2500, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_wrong_arguments_are_refused_by_name_and_never_crash(data: st.DataObject) -> None:
-    """Any op with up to three arguments changed: it runs, or raises one exception that says which is wrong."""
-    op = data.draw(st.sampled_from(OPS))
-    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
-    arguments = native_arguments(dtype)[op]
+    call_with_changes(data, "cpu", OPS, [torch.float32, torch.bfloat16])
+
+
+def call_with_changes(data: st.DataObject, device: str, names: list[str], dtypes: list[torch.dtype]) -> None:
+    """One of these ops with up to three arguments changed runs, or raises one exception that says which is wrong."""
+    op = data.draw(st.sampled_from(names))
+    arguments = native_arguments(data.draw(st.sampled_from(dtypes)), device)[op]
     tensors = [i for i, a in enumerate(arguments) if isinstance(a, Tensor)]
     for i in data.draw(st.lists(st.sampled_from(tensors), max_size=3, unique=True)):
         arguments[i] = CHANGES[data.draw(st.sampled_from(sorted(CHANGES)))](arguments[i])
-    names = [argument.name for argument in getattr(torch.ops.llmfast, op).default._schema.arguments]
+    parameters = [argument.name for argument in getattr(torch.ops.llmfast, op).default._schema.arguments]
     try:
         call(op, arguments)
     except (RuntimeError, IndexError, AttributeError, ValueError) as error:
         message = str(error)
-        named = op in message and any(f" {name} " in message or f"'{name}'" in message for name in names)
+        named = op in message and any(f" {name} " in message or f"'{name}'" in message for name in parameters)
         # A meta tensor goes to the fakes; a sparse one, or none at all, to no kernel: those refusals are torch's own.
         meta = any(isinstance(a, Tensor) and a.is_meta for a in arguments)
         torchs = ("no tensor arguments", f"Could not run 'llmfast::{op}'")

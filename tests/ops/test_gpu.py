@@ -181,6 +181,30 @@ def test_attention_long(case: AttentionCase, dtype: torch.dtype) -> None:
     assert all(c.ok for c in comparisons), comparisons
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_memory(head_dim: int, causal: bool) -> None:
+    """Nothing grows with the square of the length; beside the gradients no more than dq in float32 and row by row."""
+    case = AttentionCase(1, 8192, 8192, 4, 2, head_dim, causal)
+    inputs = make_inputs(case, "cuda", torch.bfloat16)
+    grad = torch.randn(case.output, device="cuda").bfloat16()
+    for _ in range(2):  # the first compiles
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        out = case.ours(*inputs, backend=TRITON)
+        forward = torch.cuda.max_memory_allocated() - before
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        gradients = torch.autograd.grad(out, inputs, grad)
+        backward = torch.cuda.max_memory_allocated() - before
+        given = sum(t.nbytes for t in gradients)
+        del gradients
+    rows = 4 * case.n_queries * case.heads  # a float32 number for each query
+    assert forward <= inputs[0].nbytes + 2 * rows + 2**16
+    assert backward <= given + 2 * inputs[0].nbytes + 4 * rows + 2**16
+
+
 @pytest.mark.parametrize("scale", [-0.2, 0.0])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_attention_gradients_of_any_scale(head_dim: int, scale: float) -> None:
