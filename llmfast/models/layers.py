@@ -20,10 +20,15 @@ class Linear(nn.Linear):
     fp8 = False
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.bias is None:
+            return self.product(input)
+        layer = ops.fp8_linear if self.in_fp8() else ops.linear
+        return layer(input, self.weight.to(input.dtype), _parameter(self.bias, input))
+
+    def product(self, input: Tensor) -> Tensor:
+        """Without the bias."""
         weight = self.weight.to(input.dtype)
-        if self.in_fp8():
-            return ops.fp8_linear(input, weight, _parameter(self.bias, input))
-        return F.linear(input, weight) if self.bias is None else ops.linear(input, weight, _parameter(self.bias, input))
+        return ops.fp8_linear(input, weight) if self.in_fp8() else F.linear(input, weight)
 
     def in_fp8(self) -> bool:
         return self.fp8 and torch.is_grad_enabled()
@@ -123,24 +128,18 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         activation: Any = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}.get(self.kind, self.kind)
-        if self.down.in_fp8():
-            return self._forward_fp8(x, activation)
-        down = self.down.weight.to(x.dtype), _parameter(self.down.bias, x)
         if self.kind in ("gelu", "gelu_tanh"):
-            h, bias = F.linear(x, self.up.weight.to(x.dtype)), _parameter(self.up.bias, x)
-            return ops.activation_linear(h, *down, x_bias=bias, activation=activation)
-        gate, up = self.up(x).chunk(2, dim=-1)
-        return ops.activation_linear(gate, *down, up=up, activation=activation)
-
-    def _forward_fp8(self, x: Tensor, activation: str) -> Tensor:
-        """With the activation apart, whose result is kept for the backward pass, as it takes but a byte."""
+            h, up, bias = self.up.product(x), None, _parameter(self.up.bias, x)
+        else:
+            (h, up), bias = self.up(x).chunk(2, dim=-1), None
+        if not self.down.in_fp8():
+            down = self.down.weight.to(x.dtype), _parameter(self.down.bias, x)
+            return ops.activation_linear(h, *down, up=up, x_bias=bias, activation=activation)
+        # Apart, as what the activation gives takes but a byte to keep for the backward pass.
         approximate: Any = "tanh" if activation == "gelu_tanh" else "none"
-        if self.kind in ("gelu", "gelu_tanh"):
-            h, bias = ops.fp8_linear(x, self.up.weight.to(x.dtype)), _parameter(self.up.bias, x)
+        if up is None:
             return self.down(ops.bias_gelu(h, bias, approximate=approximate))
-        gate, up = self.up(x).chunk(2, dim=-1)
-        gated = ops.swiglu(gate, up) if activation == "silu" else ops.geglu(gate, up, approximate=approximate)
-        return self.down(gated)
+        return self.down(ops.swiglu(h, up) if activation == "silu" else ops.geglu(h, up, approximate=approximate))
 
 
 def _parameter(p: Tensor | None, x: Tensor) -> Tensor | None:

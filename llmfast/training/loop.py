@@ -73,7 +73,7 @@ def train(
     if config.deterministic:
         environment.make_cublas_deterministic()
     torch.use_deterministic_algorithms(config.deterministic or was_deterministic)
-    was = model.training, model.activation_checkpointing, model.fp8
+    was_training, was_checkpointing, was_fp8 = model.training, model.activation_checkpointing, model.fp8
     model.activation_checkpointing = config.activation_checkpointing
     model.set_fp8(config.fp8)
     try:
@@ -85,9 +85,9 @@ def train(
         finally:
             run.optimizer.release()
     finally:
-        model.train(was[0])
-        model.activation_checkpointing = was[1]
-        model.set_fp8(was[2])
+        model.train(was_training)
+        model.activation_checkpointing = was_checkpointing
+        model.set_fp8(was_fp8)
         torch.use_deterministic_algorithms(was_deterministic)
 
 
