@@ -79,18 +79,14 @@ def column_sums(x: Tensor) -> Tensor:
     rows = as_rows(x)
     if rows.numel() == 0:
         return torch.zeros((rows.shape[1],), dtype=torch.float32, device=x.device)
-    sums, _ = _columns(rows, True, False)
+    sums, _ = column_sums_and_maxima(rows, True, False)
     assert sums is not None
     return sums
 
 
-def column_sums_and_maxima(rows: Tensor, sums: bool) -> tuple[Tensor | None, Tensor]:
-    """rows: (M, N), not empty, unit stride in N -> (N,) float32, their sum, if `sums`; and some numbers, float32, whose
-    largest is the largest magnitude of all, NaN left out."""
-    return _columns(rows, sums, True)
-
-
-def _columns(rows: Tensor, sums: bool, maxima: bool) -> tuple[Tensor | None, Tensor]:
+def column_sums_and_maxima(rows: Tensor, sums: bool, maxima: bool = True) -> tuple[Tensor | None, Tensor]:
+    """rows: (M, N), not empty, unit stride in N -> (N,) float32, their sum, if `sums`; and, if `maxima`, some numbers,
+    float32, whose largest is the largest magnitude of all, NaN left out."""
     n_rows, n_cols = rows.shape
     columns = cdiv(n_cols, TILE["BLOCK"])
     walkers = max(1, PROGRAMS * multiprocessors(rows.device) // columns)

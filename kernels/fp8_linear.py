@@ -39,9 +39,8 @@ def _round_kernel(
     # largest is 2^exponent times a mantissa in [0.5, 1), which must not exceed 0.875.
     power = EXPONENT - ((bits >> 23) - 126) - ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
     power = tl.minimum(power, 126)
-    not_finite = tl.where(
-        largest == float("inf"), float("nan"), 0.0
-    )  # NaN, which all results then are: rounding alone would make infinity the largest
+    # Of an infinity all results are NaN: rounding alone would make it the largest number.
+    not_finite = tl.where(largest == float("inf"), float("nan"), 0.0)
     scale = ((power + 127) << 23).to(tl.float32, bitcast=True) + not_finite
     if tl.program_id(0) == 0:
         tl.store(Inverse, ((127 - power) << 23).to(tl.float32, bitcast=True))
