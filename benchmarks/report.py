@@ -162,27 +162,27 @@ def jobs(stem: str, record: dict[str, Any]) -> list[str]:
     size = f"{record.get('batch_size')} x {record.get('context')} tokens"
     if stem.startswith("step-"):
         tokens = record["batch_size"] * record["context"]
-        order, parts = ["llmfast", "torch.compile"], {"step": f"{record['model']} trains, {size}"}
+        what, peer = f"{record['model']} trains, {size}", "torch.compile"
+        parts = [("step", what, ["llmfast", peer]), ("step", f"{what}, in 8 bits", ["llmfast fp8", peer])]
         runs = {r["name"]: {"step": r | {"tokens_per_s": tokens / r["ms"] * 1e3}} for r in record["runs"]}
     elif stem == "hugging_face":
         order = ["llmfast, no logits", "transformers", "Liger"]
-        parts = {
-            "training": f"{record['model']} trains, {size}",
-            "generating": f"{record['model']} generates, {record['rows']} rows after {record['prompt']} tokens",
-        }
+        rows = f"{record['rows']} rows after {record['prompt']} tokens"
+        parts = [
+            ("training", f"{record['model']} trains, {size}", order),
+            ("generating", f"{record['model']} generates, {rows}", order),
+        ]
         runs = {run["name"]: run for run in record["runs"] if "error" not in run}
     elif stem.startswith("generate-"):
         order = ["llmfast", "transformers", "transformers, static"]
-        parts = {"generating": f"{record['model']} generates, 1 row after {record['prompt']} tokens"}
+        parts = [("generating", f"{record['model']} generates, 1 row after {record['prompt']} tokens", order)]
         runs = {run["name"]: run for run in record["runs"] if "error" not in run}
     else:
         return []
-    if "llmfast fp8" in runs:
-        parts["8-bit step"] = f"{parts['step']}, in 8 bits"
-        fp8 = runs.pop("llmfast fp8")["step"]
-        runs = {name: run | {"8-bit step": fp8 if name == "llmfast" else run["step"]} for name, run in runs.items()}
     lines = []
-    for part, what in parts.items():
+    for part, what, order in parts:
+        if order[0] not in runs:
+            continue
         mine, *peers = ((name, runs[name][part]) for name in order if name in runs)
         for name, peer in peers:
             speeds, memory = (mine[1]["tokens_per_s"], peer["tokens_per_s"]), mine[1]["peak_bytes"] / peer["peak_bytes"]

@@ -5,12 +5,12 @@ A peer is built for a case and is a function of its tensors. One that cannot run
 
 import importlib
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .accuracy import outputs
 from .cases import (
     AttentionCase,
     Case,
@@ -47,8 +47,7 @@ def _flash_attention_4(case: Case) -> Function:
     causal = case.causal
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out: Any = attend(q, k, v, causal=causal)
-        return out[0] if isinstance(out, tuple) else out
+        return outputs(attend(q, k, v, causal=causal))[0]
 
     return run
 
@@ -61,8 +60,7 @@ def _flash_attention_4_varlen(case: Case) -> Function:
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         places = {"cu_seqlens_q": starts_of(queries, q.device), "cu_seqlens_k": starts_of(keys, q.device)}
         sizes = {"max_seqlen_q": max(queries), "max_seqlen_k": max(keys)}
-        out: Any = attend(q, k, v, **places, **sizes, causal=case.causal)
-        return out[0] if isinstance(out, tuple) else out
+        return outputs(attend(q, k, v, **places, **sizes, causal=case.causal))[0]
 
     return run
 
@@ -96,8 +94,7 @@ def _liger_linear_cross_entropy(case: Case) -> Function:
     assert isinstance(case, LinearCrossEntropyCase)
 
     def run(x: Tensor, weight: Tensor) -> Tensor:
-        out: Any = module.LigerFusedLinearCrossEntropyFunction.apply(x, weight, case.targets(x.device))
-        return out[0] if isinstance(out, tuple) else out
+        return outputs(module.LigerFusedLinearCrossEntropyFunction.apply(x, weight, case.targets(x.device)))[0]
 
     return run
 

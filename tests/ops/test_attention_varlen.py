@@ -10,6 +10,8 @@ from torch import Tensor
 from llmfast import ops
 from llmfast.ops.registry import REFERENCE
 
+from .test_gpu import recorded
+
 pytest.importorskip("triton")
 EACH = pytest.mark.parametrize("backend", ["triton", REFERENCE])
 HEADS, KV_HEADS, D = 4, 2, 64
@@ -82,14 +84,7 @@ def test_a_graph_replays_with_other_sequences(device: str) -> None:
         out = ops.attention_varlen(q, k, v, first, first, 300, 300, causal=True, backend="triton")
         return [out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        once()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = once()
+    graph, captured = recorded(once)
     for rows in ((0, 7, 20), (0, 0, 300), (0, 0, 0)):
         first.copy_(starts(*rows, device=device))
         graph.replay()

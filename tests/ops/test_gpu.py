@@ -1,5 +1,7 @@
 """What only a GPU can show: offsets beyond 2^31 elements, repeatability under load, graphs, and other streams."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -238,6 +240,19 @@ GRAPHED = [
 ]
 
 
+def recorded(once: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    """What `once` launches as a graph, and the tensors that its replays fill; it has run before, on another stream."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        once()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = once()
+    return graph, captured
+
+
 @pytest.mark.parametrize(
     ("case", "backend"), [pytest.param(c, b, id=f"{c.op}-{c.label.replace(' ', '-')}-{b}") for c, b in GRAPHED]
 )
@@ -250,14 +265,7 @@ def test_cuda_graph_and_side_stream(case: Case, backend: str, device: str) -> No
         outs = outputs(case.ours(*inputs, backend=backend))
         return [*outs, *torch.autograd.grad(outs, inputs, upstream(outs, grad))]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        once()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = once()
+    graph, captured = recorded(once)
     with torch.no_grad():
         for t in inputs:
             t.copy_(torch.randn_like(t))
