@@ -19,7 +19,7 @@ TopK = Annotated[int | None, typer.Option(help="Choose among this many likeliest
 TopP = Annotated[float | None, typer.Option(help="Choose among the fewest tokens of this probability.")]
 Seed = Annotated[int, typer.Option(help="Of the sampling.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:<number>.")]
-CudaGraph = Annotated[bool, typer.Option("--cuda-graph", help="Replay a GPU's pass over a token as one graph.")]
+CudaGraph = Annotated[bool, typer.Option(help="Replay a GPU's pass over a token as one graph.")]
 Backend = Annotated[str | None, typer.Option(help="Kernel backend: auto, reference, triton.")]
 
 
@@ -32,7 +32,7 @@ def generate(
     top_p: TopP = None,
     seed: Seed = 0,
     device: Device = None,
-    cuda_graph: CudaGraph = False,
+    cuda_graph: CudaGraph = True,
     backend: Backend = None,
 ) -> None:
     """Continue a text with a trained model."""
@@ -54,7 +54,7 @@ def chat(
     top_p: TopP = None,
     seed: Seed = 0,
     device: Device = None,
-    cuda_graph: CudaGraph = False,
+    cuda_graph: CudaGraph = True,
     backend: Backend = None,
 ) -> None:
     """Talk with an imported model that has a chat template; an empty line or the end of input ends it."""

@@ -12,6 +12,8 @@ from ..models import GPT, DeviceKVCache, KVCache
 # Single tokens that are read before the graph is recorded. In these passes kernels compile and libraries take their
 # memory; and recording takes the host about as long as some of them, so that a shorter answer would not repay it.
 EAGER = 8
+# Tokens that a cache has room for at first: one for all of a long context could take more memory than the model.
+FIRST_CAPACITY = 4096
 
 
 @functools.cache
@@ -22,22 +24,22 @@ def _recording_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class Decoder:
-    """A model, in eval mode, and a cache for its whole context, for one sequence at a time.
+    """A model, in eval mode, and a cache that grows up to its context, for one sequence at a time.
 
     `decoder(ids)` reads ids after those read since `begin` and gives the logits (1, V) of the next token, which the
     next call may overwrite. InputError where the context cannot hold them.
 
-    With `cuda_graph`, on a GPU, the forward pass of one token is recorded as a CUDA graph, whose every tensor stays
-    where it is: the token and its position are written into it from the host before each replay, after any prompt. The
-    results are those of the eager pass, but Python, hooks of modules among it, no longer runs. A model that has not
-    `Config.plain_attention` is never recorded: each of its kernels is launched from the host.
+    On a GPU, unless `cuda_graph` is False, the forward pass of one token is recorded as a CUDA graph, whose every
+    tensor stays where it is: the token and its position are written into it from the host before each replay, after any
+    prompt. The results are those of the eager pass, but Python, hooks of modules among it, no longer runs. A model that
+    has not `Config.plain_attention` is never recorded: each of its kernels is launched from the host.
     """
 
-    def __init__(self, model: GPT, cuda_graph: bool = False) -> None:
+    def __init__(self, model: GPT, cuda_graph: bool = True) -> None:
         config, weight = model.config, model.token_embedding.weight
         self.model = model
         kind = DeviceKVCache if cuda_graph and weight.is_cuda and config.plain_attention else KVCache
-        self.cache = kind(config, 1, config.context_length, weight.device, model.compute_dtype)
+        self.cache = kind(config, 1, min(config.context_length, FIRST_CAPACITY), weight.device, model.compute_dtype)
         self.n_begun = 0
         self._token = torch.zeros(1, 1, device=weight.device, dtype=torch.int64)
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -59,6 +61,7 @@ class Decoder:
 
     @torch.inference_mode()
     def __call__(self, ids: list[int]) -> Tensor:
+        self._make_room(self.cache.length + len(ids))
         if len(ids) > 1 or not isinstance(self.cache, DeviceKVCache):
             return self._read(torch.tensor([ids], device=self._token.device))
         self._token.fill_(ids[0])
@@ -71,6 +74,13 @@ class Decoder:
         self._graph.replay()
         self.cache.advance(1)
         return self._logits
+
+    def _make_room(self, n_tokens: int) -> None:
+        """At least twice as much, so that no token is copied often. The model refuses more than its context."""
+        capacity, context = self.cache.capacity, self.model.config.context_length
+        if capacity < n_tokens <= context:
+            self.cache.grow(min(context, max(n_tokens, 2 * capacity)))
+            self._graph, self._n_single = None, 0
 
     def _read(self, ids: Tensor) -> Tensor:
         return self.model(ids, self.cache, last_only=True)[:, -1]

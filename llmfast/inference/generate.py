@@ -68,14 +68,14 @@ def _continue(
     vocab_size: int | None,
 ) -> Iterator[int]:
     decoder = model if isinstance(model, Decoder) else Decoder(model)
-    cache, sequence = decoder.cache, decoder.begin()
+    cache, sequence, context = decoder.cache, decoder.begin(), decoder.model.config.context_length
     generator = torch.Generator(cache.keys.device).manual_seed(seed)
     unread = tokens  # ids that the cache does not hold yet
     for _ in range(max_new_tokens):
         if decoder.n_begun != sequence:
             raise InputError("another prompt was begun with this Decoder; give each that is continued at once its own")
-        if cache.length + len(unread) > cache.capacity:
-            cache.length, unread = 0, tokens[-max(1, cache.capacity // 2) :]
+        if cache.length + len(unread) > context:
+            cache.length, unread = 0, tokens[-max(1, context // 2) :]
         logits = decoder(unread)[:, :vocab_size]
         token = int(sample(logits, temperature, top_k, top_p, generator))
         if token in stop_ids:

@@ -31,6 +31,14 @@ class KVCache:
     def capacity(self) -> int:
         return self.keys.shape[2]
 
+    def grow(self, capacity: int) -> None:
+        """Room for `capacity` tokens, in other memory; what is held is copied there."""
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_empty((*old.shape[:2], capacity, *old.shape[3:]))
+            new[:, :, : self.length] = old[:, :, : self.length]
+            setattr(self, name, new)
+
     def positions(self, n_tokens: int) -> slice | Tensor:
         """Of the next tokens: an index into the cache and into tables by position. InputError if they do not fit."""
         end = self.length + n_tokens

@@ -73,7 +73,7 @@ def recorder(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Deco
 
 def decoder_of(model: GPT) -> Decoder:
     """One that records, on a CPU too."""
-    decoder = Decoder(model, cuda_graph=True)
+    decoder = Decoder(model)
     if model.config.plain_attention:
         cache = decoder.cache
         decoder.cache = DeviceKVCache(model.config, 1, cache.capacity, cache.keys.device, cache.keys.dtype)
@@ -97,6 +97,13 @@ def decoded(decoder: Decoder, ids: list[int], n_prompt: int) -> Tensor:
     return torch.cat([*rows, *(decoder([token]).clone() for token in ids[n_prompt:])])
 
 
+def assert_same(got: Tensor, expected: Tensor) -> None:
+    if got.is_cuda:
+        assert torch.equal(got, expected)
+    else:  # where attention and decode attention are two functions
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
+
+
 @each_shape
 def test_logits_are_those_of_passes_one_by_one(shape: Config, device: str, recorder: list[Decoder]) -> None:
     """After prompts of several lengths, all but the first by the graph of the first; up to the end of the context."""
@@ -106,14 +113,33 @@ def test_logits_are_those_of_passes_one_by_one(shape: Config, device: str, recor
         ids = prompt(CONTEXT)
         got, expected = decoded(decoder, ids, n_prompt), one_by_one(model, ids, n_prompt)
         assert got.dtype is model.compute_dtype and got.shape == (CONTEXT - n_prompt + 1, VOCAB)
-        if device == "cuda":
-            assert torch.equal(got, expected)
-        else:  # where attention and decode attention are two functions
-            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
+        assert_same(got, expected)
         assert decoder.cache.length == CONTEXT
     assert len(recorder) == 1
     with pytest.raises(InputError, match=f"holds {CONTEXT} tokens, and {CONTEXT + 1} are needed"):
         decoder([1])
+
+
+def test_a_cache_grows_with_what_it_holds(
+    device: str, recorder: list[Decoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By single tokens, whose graph is recorded anew, and by a prompt."""
+    monkeypatch.setattr(decoding, "FIRST_CAPACITY", 12)
+    model = make(SHAPES["llama"], device)
+    decoder = decoder_of(model)
+    ids = prompt(CONTEXT)
+    for n_prompt, capacity in ((2, CONTEXT), (30, CONTEXT)):
+        got, expected = decoded(decoder, ids, n_prompt), one_by_one(model, ids, n_prompt)
+        assert_same(got, expected)
+        assert decoder.cache.capacity == capacity
+    assert len(recorder) == 3
+    decoder = Decoder(model)
+    assert decoder.cache.capacity == 12
+    decoder(ids[:13])
+    assert decoder.cache.capacity == 24
+    tokens = list(generate(Decoder(model), prompt(3), 60, temperature=0.0))
+    monkeypatch.undo()
+    assert tokens == list(generate(Decoder(model), prompt(3), 60, temperature=0.0))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -126,7 +152,7 @@ def test_tokens_are_those_of_passes_one_by_one(
     decoder = decoder_of(model)
     got = [list(generate(decoder, ids, n, **options)) for ids in prompts]
     assert len(recorder) == 1
-    eager = Decoder(model)
+    eager = Decoder(model, cuda_graph=False)
     assert got[:3] == [list(generate(eager, ids, n, **options)) for ids in prompts[:3]]
     assert got[0] == got[3] != got[1] and len(set(got[0])) > 1
     assert len(recorder) == 1
@@ -139,7 +165,9 @@ def test_two_models_take_turns(device: str, recorder: list[Decoder]) -> None:
     got = list(zip(*turns, strict=True))
     assert recorder == decoders
     for i, model in enumerate(models):
-        assert [pair[i] for pair in got] == list(generate(Decoder(model), prompt(5), 35, temperature=0.0))
+        assert [pair[i] for pair in got] == list(
+            generate(Decoder(model, cuda_graph=False), prompt(5), 35, temperature=0.0)
+        )
 
 
 def test_weights_changed_in_place_are_seen_and_others_recorded(device: str, recorder: list[Decoder]) -> None:
@@ -150,7 +178,7 @@ def test_weights_changed_in_place_are_seen_and_others_recorded(device: str, reco
         model.blocks[1].mlp.down.weight.mul_(-1.0)  # pyright: ignore
     after = list(generate(decoder, prompt(3), 14, temperature=0.0))
     assert len(recorder) == 1 and after != before
-    assert after == list(generate(Decoder(model), prompt(3), 14, temperature=0.0))
+    assert after == list(generate(Decoder(model, cuda_graph=False), prompt(3), 14, temperature=0.0))
     weight = model.token_embedding.weight
     weight.data = weight.data.flip(0)
     moved = list(generate(decoder, prompt(3), 14, temperature=0.0))
@@ -168,13 +196,13 @@ def test_a_short_answer_is_not_recorded(device: str, recorder: list[Decoder]) ->
 
 def test_layers_with_a_window_are_never_recorded(device: str, recorder: list[Decoder]) -> None:
     model = make(WINDOWED, device)
-    decoder = Decoder(model, cuda_graph=True)
+    decoder = Decoder(model)
     assert type(decoder.cache) is KVCache and not WINDOWED.plain_attention
     assert len(list(generate(decoder, prompt(3), 14))) == 14 and recorder == []
 
 
 def test_a_decoder_continues_one_prompt_at_a_time(device: str) -> None:
-    decoder = Decoder(make(SHAPES["gpt2"], device), cuda_graph=True)
+    decoder = Decoder(make(SHAPES["gpt2"], device))
     first, second = (generate(decoder, prompt(n), 5) for n in (3, 4))
     next(first)
     next(second)
@@ -184,10 +212,10 @@ def test_a_decoder_continues_one_prompt_at_a_time(device: str) -> None:
 
 
 @pytest.mark.gpu
-def test_only_who_asks_for_a_graph_gets_one(recorder: list[Decoder]) -> None:
+def test_who_asks_for_no_graph_gets_none(recorder: list[Decoder]) -> None:
     model = make(SHAPES["llama"], "cuda")
-    assert len(list(generate(model, prompt(3), 40))) == 40 and recorder == []
-    assert len(list(generate(Decoder(model, cuda_graph=True), prompt(3), 40))) == 40
+    assert len(list(generate(Decoder(model, cuda_graph=False), prompt(3), 40))) == 40 and recorder == []
+    assert len(list(generate(model, prompt(3), 40))) == 40
     assert len(recorder) == 1 and isinstance(recorder[0].cache, DeviceKVCache)
 
 
@@ -196,7 +224,7 @@ def test_only_who_asks_for_a_graph_gets_one(recorder: list[Decoder]) -> None:
 def test_replays_wait_for_nothing_on_the_host(backend: str) -> None:
     """Between the id and the logits nothing is read back, recorded or launched one by one."""
     with ops.use_backend(backend):
-        decoder = Decoder(make(SHAPES["llama"], "cuda"), cuda_graph=True)
+        decoder = Decoder(make(SHAPES["llama"], "cuda"))
         decoded(decoder, prompt(CONTEXT), 3)
         decoder.begin()
         decoder(prompt(5))
@@ -212,7 +240,7 @@ def test_replays_wait_for_nothing_on_the_host(backend: str) -> None:
 def test_another_model_in_other_dtypes(recorder: list[Decoder]) -> None:
     """Weights in float32, which are cast inside the graph, give the same tokens."""
     model = make(SHAPES["qwen"], "cuda")
-    expected = list(generate(Decoder(model, cuda_graph=True), prompt(6), 60, temperature=0.0))
+    expected = list(generate(Decoder(model), prompt(6), 60, temperature=0.0))
     model.float()
-    assert list(generate(Decoder(model, cuda_graph=True), prompt(6), 60, temperature=0.0)) == expected
+    assert list(generate(Decoder(model), prompt(6), 60, temperature=0.0)) == expected
     assert len(recorder) == 2
