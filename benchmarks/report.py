@@ -100,14 +100,14 @@ def calls(record: dict[str, Any]) -> list[str]:
 def steps(record: dict[str, Any]) -> list[str]:
     """Training steps of one model beside each other."""
     tokens = record["batch_size"] * record["context"]
-    peer = next(r["ms"] for r in record["runs"] if r["name"] == "torch.compile")
+    peer = next((r["ms"] for r in record["runs"] if r["name"] == "torch.compile"), None)
     heads = ["ms", "p99 / median", "tokens/s", "ratio", "peak GB", "first step after s"]
     lines = [line("", heads), f"|---|{'---:|' * len(heads)}"]
     for run in record["runs"]:
         ms, spread = run["ms"], f"{run['p99_ms'] / run['ms']:.2f}"
         memory, first = f"{run['peak_bytes'] / 1e9:.1f}", f"{run['seconds_to_first_step']:.0f}"
-        rate = f"{tokens / ms * 1e3:,.0f}"
-        lines.append(line(run["name"], [f"{ms:.2f}", spread, rate, f"{peer / ms:.2f}", memory, first]))
+        rate, ratio = f"{tokens / ms * 1e3:,.0f}", f"{peer / ms:.2f}" if peer else "-"
+        lines.append(line(run["name"], [f"{ms:.2f}", spread, rate, ratio, memory, first]))
     for run in record["runs"]:
         parts = ", ".join(f"{kind} {ms:.2f}" for kind, ms in run["breakdown"].items())
         lines += ["", f"{run['name']}, ms on the device: {parts}."]
@@ -199,7 +199,8 @@ def special(stem: str, record: dict[str, Any]) -> tuple[str, list[str]] | None:
         return name, calls(record)
     size = f"{record.get('batch_size')} x {record.get('context')} tokens"
     if stem.startswith("step-"):
-        return f"a training step of {record['model']}, {size}, {on}", steps(record)
+        data = "" if record["data"] == "random" else f"; {record['steps']} steps on text, reading it included"
+        return f"a training step of {record['model']}, {size}, {on}{data}", steps(record)
     if stem == "hugging_face":
         model = f"{record['model']} of transformers {record['transformers']}"
         return f"{model}: training, {size}, and generating {record['rows']} rows after {record['prompt']}, {on}", (
