@@ -1,8 +1,9 @@
 """Write llmfast/ops/preference.py, the order auto tries GPU backends in, from the files in benchmarks/results/<gpu>/.
 
 For every op, direction and row length that was measured, the backend that takes least time; within 1 %, that of the
-next shorter rows. For small arguments, whose kernels run no longer than it takes to launch them, the one whose calls
-take the caller least time (callers.json). --check only says whether the file agrees.
+next shorter rows. For small arguments, whose kernels run no longer than it takes to launch them, the one whose calls,
+without a gradient or for it, take the caller least time (callers.json); within 10 %, as hosts vary, that of the
+shortest rows. --check only says whether the file agrees.
 """
 
 import argparse
@@ -24,11 +25,11 @@ from typing import Literal
 # Op -> direction -> (longest row, backend), in order of length; the last one holds for longer rows too.
 PREFERRED: dict[str, dict[Literal["fwd", "bwd"], tuple[tuple[int, str], ...]]] = {
 '''
-SMALL = """# Op -> backend for arguments of so few elements that launching takes longer than running.
+SMALL = """# Op -> direction -> backend for arguments of so few elements that launching takes longer than running.
 SMALL = 2**20
-PREFERRED_WHERE_SMALL: dict[str, str] = {
+PREFERRED_WHERE_SMALL: dict[str, dict[Literal["fwd", "bwd"], str]] = {
 """
-TIE = 1.01
+TIE, HOST_TIE = 1.01, 1.1
 
 
 def row_length(case: str) -> int:
@@ -61,35 +62,38 @@ def classes(measured: list[tuple[int, str]]) -> list[tuple[int, str]]:
     return merged
 
 
-def quickest(calls: list[dict[str, Any]]) -> dict[str, str]:
-    """The backend of each op that takes its caller least time, forward and backward together."""
-    best: dict[str, dict[str, Any]] = {}
-    for call in calls:
-        if call["ours"] and call["training_us"]:
-            best[call["op"]] = min(best.get(call["op"], call), call, key=lambda c: c["training_us"])
-    return {op: call["provider"] for op, call in best.items()}
+def quickest(calls: list[dict[str, Any]], op: str, direction: str, usual: str) -> str:
+    """The backend that takes its caller least time, if `usual` takes notably more."""
+    times = {
+        call["provider"]: call["forward_us"] if direction == "fwd" else call["training_us"] - call["forward_us"]
+        for call in calls
+        if call["op"] == op and call["ours"] and call["training_us"]
+    }
+    best = min(times, key=times.__getitem__)
+    return usual if times[usual] <= HOST_TIE * times[best] else best
 
 
 def text() -> str:
     folder = ROOT / "benchmarks/results" / MEASURED_ON
-    lines, ops = [], []
+    calls = json.loads((folder / "callers.json").read_text())["calls"]
+    lines, small = [], []
     for file in sorted(folder.glob("*.json")):
-        record = json.loads(file.read_text())
+        record, op = json.loads(file.read_text()), file.stem
         if "runs" in record:  # of whole jobs
             continue
         rows = [r for r in record.get("rows", []) if r["ours"] and r["ms"]]
         if len({r["provider"] for r in rows}) < 2:  # nothing to choose between
             continue
-        ops.append(file.stem)
-        lines.append(f'    "{file.stem}": {{\n')
+        lines.append(f'    "{op}": {{\n')
+        where_small = {}
         for direction in ("fwd", "bwd"):
             measured = classes(fastest([r for r in rows if r["direction"] == direction]))
             pairs = ", ".join(f'({limit}, "{backend}")' for limit, backend in measured)
             lines.append(f'        "{direction}": ({pairs}{"," if len(measured) == 1 else ""}),\n')
+            where_small[direction] = quickest(calls, op, direction, measured[0][1])
         lines.append("    },\n")
-    small = quickest(json.loads((folder / "callers.json").read_text())["calls"])
-    lines += ["}\n\n", SMALL, *(f'    "{op}": "{small[op]}",\n' for op in ops if op in small), "}\n"]
-    return HEAD + "".join(lines)
+        small.append(f'    "{op}": {json.dumps(where_small)},\n')
+    return "".join([HEAD, *lines, "}\n\n", SMALL, *small, "}\n"])
 
 
 def main() -> int:

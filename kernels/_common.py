@@ -28,6 +28,21 @@ def exponential(x, EXACT: tl.constexpr):
     return tl.exp2(x * LOG2E)
 
 
+@triton.jit
+def await_previous(EARLY: tl.constexpr):
+    """First of all in a kernel that is launched early: let the next one be, too, and wait until all that the kernel
+    before has written can be read."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+def launches_early(device: torch.device) -> bool:
+    """Whether a kernel can be launched, by `launch_pdl`, while the one before still runs, which hides the time that
+    launching takes (programmatic dependent launch)."""
+    return architecture(device) >= 90
+
+
 def cdiv(n: int, d: int) -> int:
     """n / d, rounded up. Triton's, which also works inside kernels, takes the host 2 us; so does its power of 2."""
     return -(-n // d)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import architecture, as_rows, cdiv, multiprocessors
+from ._common import as_rows, await_previous, cdiv, launches_early, multiprocessors
 from ._launch import launch
 
 # A warp reads 512 bytes of a row in 16 bits, and each thread of a program 32 elements at once.
@@ -49,8 +49,7 @@ def _sum_partials_kernel(
     """First, Second: (N,), the sums of Partials: (k, n_partials, N), k = 1 or 2 = num_programs(1)."""
     Partials += tl.program_id(1).to(tl.int64) * n_partials * N
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
+    await_previous(EARLY)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(0, n_partials, ROWS):
         row = start + tl.arange(0, ROWS)[:, None]
@@ -66,7 +65,7 @@ def sum_partials(partials: Tensor, sums: list[Tensor]) -> None:
     """partials: (k, n, N) float32, contiguous, k = 1 or 2, of the kernel launched last -> their sums over n in `sums`,
     k tensors of (N,) float32."""
     n_sums, n_partials, n_cols = partials.shape
-    early = architecture(partials.device) >= 90  # launched before its predecessor has ended, which it then waits for
+    early = launches_early(partials.device)
     launch(
         _sum_partials_kernel, (cdiv(n_cols, 16), n_sums),
         partials, sums[0], sums[-1], n_partials, n_cols,

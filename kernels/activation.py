@@ -12,7 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import cdiv, exponential, multiprocessors, new_like, next_power_of_2, rows_apart
+from ._common import (
+    await_previous,
+    cdiv,
+    exponential,
+    launches_early,
+    multiprocessors,
+    new_like,
+    next_power_of_2,
+    rows_apart,
+)
 from ._launch import Variant
 from ._sums import sum_partials
 
@@ -70,9 +79,11 @@ def _activation(x, KIND: tl.constexpr, EXACT: tl.constexpr):
 def _activation_fwd_kernel(
     X, Bias, Up, Y, x_stride, up_stride, n_rows, n_cols,
     KIND: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """X, Up: (n_rows, n_cols) with row strides; Bias: (n_cols,); Y: as X, contiguous. A tile per program, those of a
     row one after another: neighbours in time are neighbours in memory."""
+    await_previous(EARLY)
     columns = tl.cdiv(n_cols, BLOCK)
     row = (tl.program_id(0) // columns).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.program_id(0) % columns * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -137,10 +148,10 @@ def _tile(n_cols: int, elements: int) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _forward_variant(n_cols: int, kind: str, has_bias: bool, gated: bool) -> tuple[int, int, Variant]:
+def _forward_variant(n_cols: int, kind: str, has_bias: bool, gated: bool, early: bool) -> tuple[int, int, Variant]:
     """Rows of a tile, tiles of a row of `n_cols` elements, and the kernel that takes a tile a program."""
     rows, block = _tile(n_cols, GATED_TILE if gated else TILE)
-    flags = {"KIND": kind, "HAS_BIAS": has_bias, "GATED": gated}
+    flags = {"KIND": kind, "HAS_BIAS": has_bias, "GATED": gated, "EARLY": early, "launch_pdl": early}
     return rows, cdiv(n_cols, block), Variant(_activation_fwd_kernel, **flags, ROWS=rows, BLOCK=block, num_warps=4)
 
 
@@ -160,7 +171,9 @@ def _forward(x: Tensor, bias: Tensor | None, up: Tensor | None, kind: str) -> Te
     up_rows, up_apart = (rows, apart) if up is None else rows_apart(up)
     n_cols = x.shape[-1] if x.dim() else 1
     n_rows = x.numel() // n_cols
-    per_tile, columns, kernel = _forward_variant(n_cols, kind, bias is not None, up is not None)
+    per_tile, columns, kernel = _forward_variant(
+        n_cols, kind, bias is not None, up is not None, launches_early(x.device)
+    )
     tensors = rows, rows if bias is None else bias.contiguous(), up_rows, y
     kernel.launch((cdiv(n_rows, per_tile) * columns,), *tensors, apart, up_apart, n_rows, n_cols)
     return y

@@ -17,7 +17,17 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ._common import LOG2E, architecture, cdiv, exponential, multiprocessors, new_like, next_power_of_2
+from ._common import (
+    LOG2E,
+    architecture,
+    await_previous,
+    cdiv,
+    exponential,
+    launches_early,
+    multiprocessors,
+    new_like,
+    next_power_of_2,
+)
 from ._launch import Variant
 from ._tiles import _dot
 from .attention import MAX_HEAD_DIM
@@ -91,7 +101,7 @@ def _variants(plan: Plan, head_dim: int, page: int, whole: bool, pdl: bool) -> t
     return (
         Variant(
             _decode_kernel, PAGE=page, SPLIT=plan.splits > 1, BLOCK_M=plan.rows, num_warps=4, num_stages=plan.stages,
-            **sizes,
+            **sizes, **options,
         ),
         Variant(_combine_kernel, BLOCK_S=COMBINED, num_warps=2, **sizes, **options),
     )  # fmt: skip
@@ -134,6 +144,8 @@ def _decode_kernel(
     (B, n_queries, heads, splits, D), not yet divided by Sum, and Max and Sum (B, n_queries, heads, splits), all fp32.
     WHOLE: every sequence has `capacity` keys, and Lengths is not read.
     """
+    if PDL:
+        gdc_wait()  # the next kernel is let in later: it would take room from programs that still read
     n_row_tiles = tl.cdiv(group * n_queries, BLOCK_M)
     row = tl.program_id(0) % n_row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     task = tl.program_id(0) // n_row_tiles  # tiles that read the same keys follow each other, then heads, in memory too
@@ -197,6 +209,7 @@ def _combine_kernel(
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Out (B, n_queries, heads, D) from the splits of `_decode_kernel`, a row a program."""
+    await_previous(PDL)
     EXACT: tl.constexpr = Out.dtype.element_ty == tl.float32
     row = tl.program_id(0).to(tl.int64)
     length = _length(Lengths, row // (n_queries * heads), capacity, WHOLE)
@@ -205,8 +218,6 @@ def _combine_kernel(
     acc = tl.zeros([BLOCK_D], tl.float32)
     m = tl.full([], -float("inf"), tl.float32)
     total = tl.zeros([], tl.float32)
-    if PDL:
-        gdc_wait()
     for s0 in range(0, used, BLOCK_S):
         split = s0 + tl.arange(0, BLOCK_S)
         part = row * splits + split
@@ -245,8 +256,7 @@ def decode_attention_fwd(
     plan = _plan(
         batch, group * n_queries, kv_heads, head_dim, q.element_size(), capacity, paged, arch, multiprocessors(device)
     )
-    # Where the device can, the second kernel is launched beside the first and waits for its end.
-    decode, combine = _variants(plan, head_dim, page if paged else 0, lengths is None, arch >= 90)
+    decode, combine = _variants(plan, head_dim, page if paged else 0, lengths is None, launches_early(device))
     partial = maxima = sums = out  # which nobody writes to through these
     if plan.splits > 1:
         n_parts = batch * n_queries * heads * plan.splits

@@ -1,17 +1,20 @@
 """A linear layer, F.linear(x, weight, bias), whose bias gets its gradient at the speed of memory.
 
-The products are the library's. PyTorch's sum over the rows of a tall matrix reads at half that speed, and a float32
-bias beside 16-bit activations would have to be cast for it. Not supported: float64.
+The products are the library's, but that of a single vector. PyTorch's sum over the rows of a tall matrix reads at half
+that speed, and a float32 bias beside 16-bit activations would have to be cast for it. Not supported: float64.
 """
 
 import torch
 from torch import Tensor
 
 from ._sums import column_sums
+from .matvec import is_one_vector, matvec
 
 
 def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x: (..., N); weight: (M, N); bias: (M,), of x's dtype or float32 -> (..., M)."""
+    if is_one_vector(x, weight):
+        return matvec(x, weight, bias)
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 

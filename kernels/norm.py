@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import cdiv, multiprocessors, new_like, next_power_of_2, rows_apart
+from ._common import await_previous, cdiv, launches_early, multiprocessors, new_like, next_power_of_2, rows_apart
 from ._launch import Variant
 from ._sums import sum_partials
 
@@ -48,13 +48,14 @@ def _read(X, Residual, col, inside, HAS_RESIDUAL: tl.constexpr, EVICTION: tl.con
 def _norm_fwd_kernel(
     X, Residual, W, B, Y, Total, Mean, Rstd, x_stride, residual_stride, n_rows, eps, offset,
     N: tl.constexpr, RMS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """X, Residual: (n_rows, N) with row strides; W, B: (N,); Y, Total: (n_rows, N), contiguous; Mean, Rstd: (n_rows,).
 
     A lane's sums for the variance are of differences from its own first element: those of squares would lose their
     digits where the mean is large, and a mean taken first would cost one more reading of the row.
     """
+    await_previous(EARLY)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     X += row * x_stride
     Residual += row * residual_stride
@@ -207,13 +208,13 @@ def _backward_tile(n_cols: int) -> Tile:
 
 @functools.lru_cache(maxsize=1024)
 def _forward_variant(
-    n_cols: int, rms: bool, has_residual: bool, has_weight: bool, has_bias: bool
+    n_cols: int, rms: bool, has_residual: bool, has_weight: bool, has_bias: bool, early: bool
 ) -> tuple[int, Variant]:
     """Rows that a program takes, and the kernel that does."""
     tile = _forward_tile(n_cols, rms, has_residual)
     return tile.rows, Variant(
         _norm_fwd_kernel, N=n_cols, RMS=rms, HAS_RESIDUAL=has_residual, HAS_WEIGHT=has_weight, HAS_BIAS=has_bias,
-        ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps,
+        ROWS=tile.rows, BLOCK=tile.block, EARLY=early, num_warps=tile.warps, launch_pdl=early,
     )  # fmt: skip
 
 
@@ -250,7 +251,7 @@ def _forward(
         rows, apart = rows_apart(x)
         residual_rows, residual_apart = (rows, apart) if residual is None else rows_apart(residual)
         flags = (rms, residual is not None, weight is not None, bias is not None)
-        per_program, kernel = _forward_variant(n_cols, *flags)
+        per_program, kernel = _forward_variant(n_cols, *flags, launches_early(x.device))
         kernel.launch(
             (cdiv(n_rows, per_program),),
             rows, residual_rows, _vector(weight, rows), _vector(bias, rows), y, total, mean, rstd,

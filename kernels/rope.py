@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import cdiv, new_like, next_power_of_2
+from ._common import await_previous, cdiv, launches_early, new_like, next_power_of_2
 from ._launch import Variant
 
 TILE = 1024  # pairs of a program of 4 warps
@@ -21,12 +21,14 @@ def _rope_kernel(
     X, Cos, Sin, Y, batch_stride, token_stride, head_stride, table_batch_stride, table_stride,
     n_rows, length, heads, half,
     BACK: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """X: (batch, length, heads, 2 half) with strides but the last; Cos, Sin: (batch, length, half) with
     strides but the last, table_batch_stride 0 where rows have the same positions; Y: as X, contiguous.
 
     ROWS heads of tokens a program, HALF >= half.
     """
+    await_previous(EARLY)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     token, head = row // heads, row % heads
     batch, position = token // length, token % length
@@ -55,11 +57,12 @@ def _rope_kernel(
 
 
 @functools.lru_cache(maxsize=256)
-def _variant(head_dim: int, interleaved: bool, back: bool) -> tuple[int, Variant]:
+def _variant(head_dim: int, interleaved: bool, back: bool, early: bool) -> tuple[int, Variant]:
     """Heads of tokens that a program turns, and the kernel that does."""
     block = max(2, next_power_of_2(head_dim // 2))
     rows = max(1, TILE // block)
-    return rows, Variant(_rope_kernel, BACK=back, INTERLEAVED=interleaved, ROWS=rows, HALF=block, num_warps=4)
+    flags = {"BACK": back, "INTERLEAVED": interleaved, "EARLY": early, "launch_pdl": early}
+    return rows, Variant(_rope_kernel, **flags, ROWS=rows, HALF=block, num_warps=4)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool) -> Tensor:
@@ -68,7 +71,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool) 
         return y
     x = x if x.stride(3) == 1 else x.contiguous()
     batch, length, heads, head_dim = x.shape
-    n_rows, (rows, kernel) = batch * length * heads, _variant(head_dim, interleaved, back)
+    n_rows, (rows, kernel) = batch * length * heads, _variant(head_dim, interleaved, back, launches_early(x.device))
     if cos.stride() != sin.stride() or cos.stride(-1) != 1:  # halves of wider tables are read where they are
         cos, sin = cos.contiguous(), sin.contiguous()
     strides = *x.stride()[:3], cos.stride(0) if cos.dim() == 3 else 0, cos.stride(-2)

@@ -100,5 +100,5 @@ class DeviceKVCache(KVCache):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         if q.shape[1] > 1:
             return super().attend(layer, q, k, v, **options)
-        self.append(layer, k, v)
+        ops.append_kv_(self.keys[layer], self.values[layer], k, v, self._lengths)
         return ops.decode_attention(q, self.keys[layer], self.values[layer], self._lengths, **options)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -74,7 +73,7 @@ class GPT(nn.Module):
         With a cache, ids continue the tokens it holds. Ids are not checked against the vocabulary here.
         """
         x = self._hidden(ids, cache, last_only)
-        logits = F.linear(x, self._head_weight(x))
+        logits = ops.linear(x, self._head_weight(x))
         cap = self.config.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
@@ -20,15 +19,13 @@ class Linear(nn.Linear):
     fp8 = False
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.bias is None:
-            return self.product(input)
         layer = ops.fp8_linear if self.in_fp8() else ops.linear
         return layer(input, self.weight.to(input.dtype), _parameter(self.bias, input))
 
     def product(self, input: Tensor) -> Tensor:
         """Without the bias."""
-        weight = self.weight.to(input.dtype)
-        return ops.fp8_linear(input, weight) if self.in_fp8() else F.linear(input, weight)
+        layer = ops.fp8_linear if self.in_fp8() else ops.linear
+        return layer(input, self.weight.to(input.dtype))
 
     def in_fp8(self) -> bool:
         return self.fp8 and torch.is_grad_enabled()

@@ -14,6 +14,7 @@ from .checks import (
     check_alike,
     check_approximate,
     check_attention,
+    check_cache,
     check_float,
     check_kind,
     check_linear,
@@ -132,26 +133,32 @@ def decode_attention(
 ) -> tuple[Any, ...]:
     op, batch = "decode_attention", q.shape[0] if isinstance(q, Tensor) and q.dim() else 0
     scale = check_attention(op, scale, q=q, k_cache=k_cache, v_cache=v_cache)
-    for name, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+    _no_gradient(op, q=q, k_cache=k_cache, v_cache=v_cache)
+    check_cache(op, batch, k_cache, lengths, block_table)
+    return q, k_cache, v_cache, lengths, block_table, scale
+
+
+def append_kv(
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *, block_table: Tensor | None = None
+) -> tuple[Any, ...]:
+    op = "append_kv"
+    check_alike(op, k=k, v=v)
+    check_alike(op, k_cache=k_cache, v_cache=v_cache)
+    check_float(op, k=k, k_cache=k_cache)
+    if k.dim() != 4 or k_cache.dim() != 4 or k.shape[2:] != k_cache.shape[2:] or k.dtype is not k_cache.dtype:
+        got = f"k is {tuple(k.shape)} {k.dtype} and k_cache {tuple(k_cache.shape)} {k_cache.dtype}"
+        raise InputError(f"{op}: {got}; they must be (B, T, Hkv, D) and (B, capacity, Hkv, D) of one dtype")
+    _no_gradient(op, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+    if lengths is None:
+        raise InputError(f"{op}: lengths is None; it must be (B,) int32, the tokens of each sequence with the new ones")
+    check_cache(op, k.shape[0], k_cache, lengths, block_table)
+    return k_cache, v_cache, k, v, lengths, block_table
+
+
+def _no_gradient(op: str, **tensors: Tensor) -> None:
+    for name, t in tensors.items():
         if t.requires_grad and torch.is_grad_enabled():
             raise InputError(f"{op}: {name} requires a gradient, and there is none; use no_grad, or attention")
-    if lengths is not None:
-        check_kind(op, "lengths", lengths, torch.int32, q.device)
-        if lengths.shape != (batch,):
-            shape = tuple(lengths.shape)
-            raise InputError(f"{op}: lengths have shape {shape}; they must be ({batch},), one a sequence")
-    if block_table is not None:
-        check_kind(op, "block_table", block_table, torch.int32, q.device)
-        if block_table.dim() != 2 or block_table.shape[0] != batch:
-            raise InputError(f"{op}: block_table is {tuple(block_table.shape)}; it must be ({batch}, max_pages)")
-        if 0 in k_cache.shape[:2]:
-            raise InputError(f"{op}: k_cache has shape {tuple(k_cache.shape)}; it must hold a page of at least one key")
-    elif k_cache.shape[0] != batch:
-        raise InputError(
-            f"{op}: k_cache has shape {tuple(k_cache.shape)} but q {tuple(q.shape)}; their batch must be the same,"
-            " or give a block_table"
-        )
-    return q, k_cache, v_cache, lengths, block_table, scale
 
 
 def gelu(x: Tensor, *, approximate: str = "none") -> tuple[Any, ...]:
@@ -344,5 +351,6 @@ ARGUMENTS = {
     "cross_entropy": cross_entropy,
     "linear_cross_entropy": linear_cross_entropy,
     "embedding": embedding,
+    "append_kv": append_kv,
     "adamw": adamw,
 }

@@ -99,6 +99,27 @@ def check_alike(op: str, **tensors: Tensor) -> None:
         raise InputError(f"{op}: {name} is {tuple(x.shape)} {x.dtype} but {other} {tuple(y.shape)} {y.dtype}")
 
 
+def check_cache(op: str, batch: int, k_cache: Tensor, lengths: Tensor | None, block_table: Tensor | None) -> None:
+    """k_cache: (B, capacity, ...), or pages where there is a block_table (B, max_pages); lengths: (B,) or None."""
+    device = k_cache.device
+    if lengths is not None:
+        check_kind(op, "lengths", lengths, torch.int32, device)
+        if lengths.shape != (batch,):
+            shape = tuple(lengths.shape)
+            raise InputError(f"{op}: lengths have shape {shape}; they must be ({batch},), one a sequence")
+    if block_table is not None:
+        check_kind(op, "block_table", block_table, torch.int32, device)
+        if block_table.dim() != 2 or block_table.shape[0] != batch:
+            raise InputError(f"{op}: block_table is {tuple(block_table.shape)}; it must be ({batch}, max_pages)")
+        if 0 in k_cache.shape[:2]:
+            raise InputError(f"{op}: k_cache has shape {tuple(k_cache.shape)}; it must hold a page of at least one key")
+    elif k_cache.shape[0] != batch:
+        raise InputError(
+            f"{op}: k_cache has shape {tuple(k_cache.shape)} but there are {batch} sequences; give it as many, or a"
+            " block_table"
+        )
+
+
 def check_linear(op: str, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """weight is (M, N) and bias (M,) or None for x of (..., N), of one dtype, which for the bias may be float32, too;
     `name` is what x is called."""

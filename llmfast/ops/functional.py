@@ -105,6 +105,29 @@ def decode_attention(
     return run("decode_attention", backend, args)
 
 
+def append_kv_(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    *,
+    block_table: Tensor | None = None,
+    backend: str | None = None,
+) -> None:
+    """Write the keys and values of each sequence's last T tokens, k and v (B, T, Hkv, D), into its cache, in place,
+    where `decode_attention` with the same lengths, which count them, then reads them.
+
+    k_cache, v_cache, lengths and block_table are as there; pages are no other sequence's. A token whose place is before
+    the cache or past its capacity is not written. Nothing is waited for but by the reference with a block_table. No
+    gradient.
+    """
+    args = arguments.append_kv(k_cache, v_cache, k, v, lengths, block_table=block_table)
+    kernels = registry.choose("append_kv", backend, args)
+    with torch.no_grad():
+        (reference.append_kv if kernels is None else kernels.append_kv_fwd)(*args)
+
+
 def attention_varlen(
     q: Tensor,
     k: Tensor,

@@ -38,15 +38,15 @@ PREFERRED: dict[str, dict[Literal["fwd", "bwd"], tuple[tuple[int, str], ...]]] =
     },
 }
 
-# Op -> backend for arguments of so few elements that launching takes longer than running.
+# Op -> direction -> backend for arguments of so few elements that launching takes longer than running.
 SMALL = 2**20
-PREFERRED_WHERE_SMALL: dict[str, str] = {
-    "add_layer_norm": "cuda",
-    "add_rms_norm": "cuda",
-    "bias_gelu": "cuda",
-    "cross_entropy": "cuda",
-    "gelu": "cuda",
-    "layer_norm": "cuda",
-    "rms_norm": "cuda",
-    "softmax": "cuda",
+PREFERRED_WHERE_SMALL: dict[str, dict[Literal["fwd", "bwd"], str]] = {
+    "add_layer_norm": {"fwd": "triton", "bwd": "cuda"},
+    "add_rms_norm": {"fwd": "triton", "bwd": "cuda"},
+    "bias_gelu": {"fwd": "cuda", "bwd": "cuda"},
+    "cross_entropy": {"fwd": "cuda", "bwd": "cuda"},
+    "gelu": {"fwd": "cuda", "bwd": "cuda"},
+    "layer_norm": {"fwd": "cuda", "bwd": "cuda"},
+    "rms_norm": {"fwd": "cuda", "bwd": "cuda"},
+    "softmax": {"fwd": "cuda", "bwd": "cuda"},
 }

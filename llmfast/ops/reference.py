@@ -164,6 +164,26 @@ def decode_attention(
     return out.unflatten(2, (group, n_queries)).permute(0, 3, 1, 2, 4).flatten(2, 3).to(q.dtype)
 
 
+def append_kv(
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor | None
+) -> None:
+    """Writes k, v (B, T, Hkv, D) into the places lengths[b] - T and following of each sequence's cache, or pages, as
+    `decode_attention` reads them; those that the cache has not are left out."""
+    n_new = k.shape[1]
+    if block_table is not None:
+        page_size = k_cache.shape[1]
+        place = lengths[:, None] - n_new + torch.arange(n_new, device=k.device)
+        b, i = ((place >= 0) & (place < page_size * block_table.shape[1])).nonzero(as_tuple=True)
+        at = block_table[b, place[b, i] // page_size].long(), place[b, i] % page_size
+        k_cache[at], v_cache[at] = k[b, i], v[b, i]
+    elif n_new:
+        token = torch.arange(k_cache.shape[1], device=k.device) - (lengths[:, None] - n_new)  # of each place, (B, cap.)
+        new = ((token >= 0) & (token < n_new))[..., None, None]
+        index = token.clamp(0, n_new - 1)[..., None, None].expand(-1, -1, *k.shape[2:])
+        for cache, tokens in ((k_cache, k), (v_cache, v)):
+            cache.copy_(torch.where(new, tokens.gather(1, index), cache))
+
+
 def gelu(x: Tensor, approximate: str) -> Tensor:
     """x * Phi(x), Phi by `erf` ("none") or GPT-2's `tanh` (https://arxiv.org/abs/1606.08415)."""
     return bias_gelu(x, None, approximate)

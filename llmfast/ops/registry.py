@@ -60,6 +60,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "attention": (_triton("attention"), _CPP),
     "attention_varlen": (_triton("attention"),),
     "decode_attention": (_triton("decode_attention"), _CPP),
+    "append_kv": (_triton("append_kv"),),
     "rms_norm": (_triton("norm"), _CUDA, _CPP),
     "add_layer_norm": (_triton("norm"), _CUDA, _CPP),
     "add_rms_norm": (_triton("norm"), _CUDA, _CPP),
@@ -183,7 +184,7 @@ def _in_order(
     if len(here) > 1 and op in PREFERRED:
         classes = PREFERRED[op][direction]
         best = next((name for limit, name in classes if length <= limit), classes[-1][1])
-        best = PREFERRED_WHERE_SMALL.get(op, best) if small else best
+        best = PREFERRED_WHERE_SMALL.get(op, {}).get(direction, best) if small else best
         here.sort(key=lambda row: row.name != best)
     return here
 

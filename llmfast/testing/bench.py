@@ -93,7 +93,7 @@ def run(
     record = {
         **heading(where, torch_dtype, commit),
         "ceilings": ceiling._asdict(),
-        "unit": "TFLOP/s" if cases[op][0].work("fwd", 2).flops else "TB/s",
+        "unit": " or ".join(dict.fromkeys("TFLOP/s" if c.work("fwd", 2).flops else "TB/s" for c in cases[op])),
         "rows": [asdict(row) for row in rows],
     }
     _print(console, rows, record, ceiling)

@@ -60,6 +60,7 @@ CASES: list[Case] = [
     *(RowCase(op, 2, cols) for op in ("rms_norm", "add_layer_norm", "add_rms_norm") for cols in (768, 8192, 65536)),
     *(RowCase(op, 2, cols) for op in ("gelu", "bias_gelu", "swiglu", "geglu") for cols in (64, 4096)),
     LinearCase(2, 64, 768),
+    *(LinearCase(1, cols, 64) for cols in (64, 2048, 8192)),
     Fp8LinearCase(256, 64, 768),
     ActivationLinearCase(2, 4096, 64),
     ActivationLinearCase(2, 4096, 64, True, "gelu_tanh", gated=False),
@@ -159,6 +160,15 @@ def compile_case(case: Case, dtype: torch.dtype, arch: int) -> list[Compiled]:
     return _resources_of(launched(case, dtype, arch), f"{case.label} {str(dtype).removeprefix('torch.')}", arch)
 
 
+def compile_append_kv(dtype: torch.dtype, arch: int) -> list[Compiled]:
+    """Into a cache and into pages, which is no op of a case."""
+    cache, new = torch.ones(2, 8, 2, 64, dtype=dtype), torch.ones(2, 1, 2, 64, dtype=dtype)
+    one, table = torch.ones(2, dtype=torch.int32), torch.zeros(2, 1, dtype=torch.int32)
+    compiled = launches(arch, lambda: ops.append_kv_(cache, cache, new, new, one))
+    compiled += launches(arch, lambda: ops.append_kv_(cache, cache, new, new, one, block_table=table))
+    return _resources_of(compiled, "append_kv", arch)
+
+
 def compile_adamw(dtype: torch.dtype, arch: int) -> list[Compiled]:
     """The update of float32 parameters from gradients of `dtype`, with copies of it, which is no op of a case."""
     p, m, v, grad, copy = (torch.ones(4, dtype=t) for t in (*[torch.float32] * 3, dtype, dtype))
@@ -167,12 +177,15 @@ def compile_adamw(dtype: torch.dtype, arch: int) -> list[Compiled]:
     return _resources_of(compiled, "adamw", arch)
 
 
+IN_PLACE = {"append_kv": compile_append_kv, "adamw": compile_adamw}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", type=int, default=90, help="compute capability, as 80, 86, 89, 90, 100")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--max-spill", type=int, default=256, help="bytes of stack a thread that a kernel may use")
-    parser.add_argument("--op", choices=[*BENCHMARK_CASES, "adamw"], help="only this op")
+    parser.add_argument("--op", choices=[*BENCHMARK_CASES, *IN_PLACE], help="only this op")
     options = parser.parse_args()
     rows = [
         row
@@ -180,8 +193,9 @@ def main() -> int:
         if options.op in (None, case.op) and (case.op != "fp8_linear" or options.arch >= 89)  # which has such products
         for row in compile_case(case, getattr(torch, options.dtype), options.arch)
     ]
-    if options.op in (None, "adamw"):
-        rows += compile_adamw(getattr(torch, options.dtype), options.arch)
+    for op, compile_op in IN_PLACE.items():
+        if options.op in (None, op):
+            rows += compile_op(getattr(torch, options.dtype), options.arch)
     for row in rows:
         print(
             f"{row.kernel:32} {row.case:34} warps {row.warps:2} registers {row.registers:3} spill {row.spill:4}"

@@ -156,7 +156,8 @@ TEST_CASES: dict[str, list[Case]] = {
     **{op: _rows(op, *(s for s in _ROW_SHAPES if s[1] > 1 or not op.startswith("add_"))) for op in ROW_INPUTS},
     "cross_entropy": [*(CrossEntropyCase(*shape) for shape in _ROW_SHAPES), *_CROSS_ENTROPY_OPTIONS],
     "linear": [
-        LinearCase(1, 1, 1),
+        *(LinearCase(1, *shape) for shape in ((1, 1), (300, 71), (5001, 33), (2048, 9), (70000, 2))),
+        LinearCase(1, 2048, 40, bias=False),
         LinearCase(33, 70, 300),
         LinearCase(1000, 16, 33),
         LinearCase(9, 20, 5, bias=False),
@@ -243,7 +244,11 @@ BENCHMARK_CASES: dict[str, list[Case]] = {
     "swiglu": _rows("swiglu", (32768, 3072), (16384, 8192)),
     "geglu": _rows("geglu", (32768, 3072), (16384, 8192)),
     "cross_entropy": [CrossEntropyCase(32768, 4096), CrossEntropyCase(16384, 50304), CrossEntropyCase(4096, 131072)],
-    "linear": [LinearCase(65536, 768, 2304), LinearCase(65536, 768, 768)],
+    "linear": [
+        LinearCase(65536, 768, 2304),
+        LinearCase(65536, 768, 768),
+        *(LinearCase(1, *shape, bias=False) for shape in ((2048, 2048), (2048, 16384), (8192, 2048), (2048, 128256))),
+    ],
     "fp8_linear": [Fp8LinearCase(65536, 768, 2304), Fp8LinearCase(16384, 4096, 4096)],
     "activation_linear": [
         ActivationLinearCase(65536, 3072, 768, True, "gelu_tanh", gated=False),

@@ -85,8 +85,8 @@ def calls(device: str, dtype: torch.dtype = torch.float32) -> dict[str, tuple[An
     }
 
 
-# But for those without a gradient: tests/ops/test_adamw.py and test_decode_attention.py.
-OPS = [op for op in BACKENDS if op not in ("adamw", "decode_attention")]
+# But for those without a gradient: tests/ops/test_adamw.py, test_append_kv.py and test_decode_attention.py.
+OPS = [op for op in BACKENDS if op not in ("adamw", "append_kv", "decode_attention")]
 WITH_TRITON = [op for op in OPS if any(row.name == "triton" for row in BACKENDS[op])]
 WITHOUT_TRITON = [op for op in OPS if op not in WITH_TRITON]
 
@@ -335,7 +335,7 @@ def test_auto_mixes_the_backends_that_are_fastest_each_way(monkeypatch: pytest.M
 
     monkeypatch.setitem(registry.PREFERRED, "gelu", {"fwd": ((8, "cuda"),), "bwd": ((1, "cuda"), (8, "triton"))})
     monkeypatch.setitem(BACKENDS, "gelu", (plant("triton", 2.0), plant("cuda", 3.0)))
-    monkeypatch.setitem(registry.PREFERRED_WHERE_SMALL, "gelu", "triton")
+    monkeypatch.setitem(registry.PREFERRED_WHERE_SMALL, "gelu", {"fwd": "triton", "bwd": "triton"})
     assert factors() == (2.0, 2.0)
     monkeypatch.setattr(registry, "SMALL", 1)
     assert factors() == (3.0, 2.0)

@@ -32,6 +32,12 @@ def decode(**changed: Tensor) -> Tensor:
     return ops.decode_attention(**({"q": t(2, 1, 2, 4)} | cache | changed))
 
 
+def append(**changed: Any) -> None:
+    """The same of append_kv_."""
+    new = {name: t(2, 3 if "cache" in name else 1, 1, 4) for name in ("k_cache", "v_cache", "k", "v")}
+    ops.append_kv_(**(new | {"lengths": IDS[:2].int()} | changed))
+
+
 def varlen(**changed: Any) -> Tensor:
     """As `decode`, of attention_varlen."""
     right: dict[str, Any] = {name: t(2, 1, 4) for name in ("q", "k", "v")}
@@ -93,6 +99,14 @@ WRONG: list[tuple[Callable[[], object], str, str]] = [
     (lambda: ops.attention(*[t(1, 2, 1, 4)] * 3, softcap=-1.0), "attention: softcap ", "is -1.0"),
     (lambda: ops.attention(*[t(1, 2, 1, 4)] * 3, softcap=float("nan")), "attention: softcap ", "nan"),
     (lambda: ops.attention(*[t(1, 2, 1, 4)] * 3, scale=float("nan")), "attention: scale ", "nan"),
+    (lambda: append(v=t(2, 1, 2, 4)), "append_kv: k ", "v (2, 1, 2, 4)"),
+    (lambda: append(v_cache=t(2, 4, 1, 4)), "append_kv: k_cache ", "v_cache (2, 4, 1, 4)"),
+    (lambda: append(k=t(2, 1, 1, 4, dtype=HALF), v=t(2, 1, 1, 4, dtype=HALF)), "append_kv: k ", "torch.float16"),
+    (lambda: append(k=t(2, 1, 1, 3), v=t(2, 1, 1, 3)), "append_kv: k ", "(2, 1, 1, 3)"),
+    (lambda: append(k=t(2, 1, 1, 4).requires_grad_()), "append_kv: k ", "gradient"),
+    (lambda: append(lengths=None), "append_kv: lengths ", "None"),
+    (lambda: append(lengths=IDS), "append_kv: lengths ", "torch.int64 on cpu"),
+    (lambda: append(k=t(3, 1, 1, 4), v=t(3, 1, 1, 4), lengths=t(3).int()), "append_kv: k_cache ", "3 sequences"),
     (lambda: decode(lengths=IDS), "decode_attention: lengths ", "torch.int64 on cpu"),
     (lambda: decode(lengths=IDS[:1].int()), "decode_attention: lengths ", "(2,)"),
     (lambda: decode(k_cache=t(2, 3, 1, 4, dtype=HALF)), "decode_attention: k_cache ", "torch.float16 but q"),
@@ -201,7 +215,16 @@ SUPPORTED = [
     pytest.param(op, name, dtype, id=f"{op}-{name}-{str(dtype).removeprefix('torch.')}")
     for op in BACKENDS
     # Whose results are of another shape, or none, or have no gradient.
-    if op not in ("adamw", "embedding", "fp8_linear", "activation_linear", "linear_cross_entropy", "decode_attention")
+    if op
+    not in (
+        "adamw",
+        "embedding",
+        "fp8_linear",
+        "activation_linear",
+        "linear_cross_entropy",
+        "decode_attention",
+        "append_kv",
+    )
     for name, dtypes in [*((row.name, row.dtypes) for row in BACKENDS[op]), ("reference", DTYPES)]
     for dtype in DTYPES
     # Triton's CPU interpreter computes bfloat16 wrongly.

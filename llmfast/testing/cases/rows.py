@@ -128,8 +128,9 @@ class LinearCase(Defaults):
         return F.linear(*tensors)
 
     def work(self, direction: str, itemsize: int) -> Work:
-        """Matrix products: one forward, two backward."""
-        return Work(0.0, 2.0 * self.rows * self.cols * self.width * (1 if direction == "fwd" else 2))
+        """Matrix products: one forward, two backward; of a single row, reading the weight, and writing its gradient."""
+        times = self.cols * self.width * (1 if direction == "fwd" else 2)
+        return Work(times * itemsize, 0.0) if self.rows == 1 else Work(0.0, 2.0 * self.rows * times)
 
 
 @dataclass(frozen=True)
