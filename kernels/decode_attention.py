@@ -29,11 +29,11 @@ from ._common import (
     next_power_of_2,
 )
 from ._launch import Variant
-from ._tiles import _dot
+from ._tiles import _capped, _dot
 from .attention import MAX_HEAD_DIM
 
 # Sizes change from call to call: specialising on them would compile again for no speed.
-SIZES = ("heads", "kv_heads", "group", "n_queries", "capacity", "splits")
+SIZES = ("heads", "kv_heads", "group", "n_queries", "capacity", "splits", "window")
 TILE_BYTES = 16384  # of keys, and as many of values
 MAX_ROW_BYTES = 128  # of a column of queries: more rows than that would spill registers
 MAX_SPLIT_KEYS = 4096  # lest one long sequence among short ones be left to few programs
@@ -51,7 +51,14 @@ class Plan(NamedTuple):
 
 
 def decode_attention_limits(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None, block_table: Tensor | None, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor | None,
+    block_table: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float,
 ) -> str | None:
     """Why these kernels cannot run this call; None if they can."""
     if q.shape[3] > MAX_HEAD_DIM:
@@ -77,15 +84,15 @@ def _splits(tasks: int, n_tiles: int, max_tiles: int, processors: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def _plan(
-    batch: int, n_rows: int, kv_heads: int, head_dim: int, element_size: int, capacity: int, paged: bool,
+    batch: int, n_rows: int, kv_heads: int, head_dim: int, element_size: int, reach: int, paged: bool,
     arch: int, processors: int,
 ) -> Plan:  # fmt: skip
-    """For `n_rows` queries of each sequence and key head."""
+    """For `n_rows` queries of each sequence and key head, which see up to `reach` keys."""
     keys = max(16, min(128, TILE_BYTES // (_padded(head_dim) * element_size)))
     smallest = 1 if element_size == 4 else 16  # which is what a tensor core takes
     rows = min(keys, MAX_ROW_BYTES // element_size, max(smallest, next_power_of_2(n_rows)))
     row_tiles = cdiv(n_rows, rows)
-    tasks, n_tiles = batch * kv_heads * row_tiles, cdiv(capacity, keys)
+    tasks, n_tiles = batch * kv_heads * row_tiles, cdiv(reach, keys)
     splits = _splits(tasks, n_tiles, MAX_SPLIT_KEYS // keys, processors)
     # Tiles on their way: three take 96 KiB, which not every multiprocessor has, and pay only where rows are few. Behind
     # a load of page numbers Triton spreads the same depth over twice as many stages.
@@ -94,14 +101,23 @@ def _plan(
 
 
 @functools.lru_cache(maxsize=1024)
-def _variants(plan: Plan, head_dim: int, page: int, whole: bool, pdl: bool) -> tuple[Variant, Variant]:
+def _variants(
+    plan: Plan, head_dim: int, page: int, whole: bool, windowed: bool, capped: bool, pdl: bool
+) -> tuple[Variant, Variant]:
     """The kernel of the splits and that which combines them."""
-    sizes = {"WHOLE": whole, "PDL": pdl, "D": head_dim, "BLOCK_N": plan.keys, "BLOCK_D": _padded(head_dim)}
+    sizes = {
+        "WHOLE": whole,
+        "WINDOW": windowed,
+        "PDL": pdl,
+        "D": head_dim,
+        "BLOCK_N": plan.keys,
+        "BLOCK_D": _padded(head_dim),
+    }
     options = {"launch_pdl": True} if pdl else {}
     return (
         Variant(
-            _decode_kernel, PAGE=page, SPLIT=plan.splits > 1, BLOCK_M=plan.rows, num_warps=4, num_stages=plan.stages,
-            **sizes, **options,
+            _decode_kernel, PAGE=page, CAP=capped, SPLIT=plan.splits > 1, BLOCK_M=plan.rows, num_warps=4,
+            num_stages=plan.stages, **sizes, **options,
         ),
         Variant(_combine_kernel, BLOCK_S=COMBINED, num_warps=2, **sizes, **options),
     )  # fmt: skip
@@ -125,6 +141,15 @@ def _length(Lengths, b, capacity, WHOLE: tl.constexpr):
 
 
 @triton.jit
+def _first_key(length, n_queries, window, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """That of the first tile of which a query sees a key."""
+    first = 0
+    if WINDOW:
+        first = tl.maximum(length - (n_queries - 1) - window, 0) // BLOCK_N * BLOCK_N
+    return first
+
+
+@triton.jit
 def _share(length, splits, BLOCK_N: tl.constexpr):
     """Keys of a split: whole tiles, at least one."""
     return tl.maximum(tl.cdiv(tl.cdiv(length, BLOCK_N), splits), 1) * BLOCK_N
@@ -133,8 +158,9 @@ def _share(length, splits, BLOCK_N: tl.constexpr):
 @triton.jit(do_not_specialize=SIZES)
 def _decode_kernel(
     Q, K, V, Lengths, Table, Out, Partial, Max, Sum, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, t_sb,
-    heads, kv_heads, group, n_queries, capacity, splits, scale,
-    PAGE: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
+    heads, kv_heads, group, n_queries, capacity, splits, scale, window, cap,
+    PAGE: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    PDL: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One split of the keys of one sequence and key head, for one tile of the rows that read them.
@@ -142,7 +168,8 @@ def _decode_kernel(
     Q: (B, n_queries, heads, D); Out: likewise, contiguous. K, V: (B, capacity, kv_heads, D), or with PAGE keys a page
     (n_pages, PAGE, kv_heads, D) and Table (B, capacity / PAGE). With SPLIT results are left in Partial
     (B, n_queries, heads, splits, D), not yet divided by Sum, and Max and Sum (B, n_queries, heads, splits), all fp32.
-    WHOLE: every sequence has `capacity` keys, and Lengths is not read.
+    WHOLE: every sequence has `capacity` keys, and Lengths is not read. WINDOW: of the keys up to its own a query sees
+    the last `window`; CAP: scores are capped at `cap`.
     """
     if PDL:
         gdc_wait()  # the next kernel is let in later: it would take room from programs that still read
@@ -152,8 +179,9 @@ def _decode_kernel(
     h, split = task % kv_heads, task // kv_heads % splits
     b = (task // (kv_heads * splits)).to(tl.int64)
     length = _length(Lengths, b, capacity, WHOLE)
-    share = _share(length, splits, BLOCK_N)
-    begin = split * share
+    first = _first_key(length, n_queries, window, WINDOW, BLOCK_N)
+    share = _share(length - first, splits, BLOCK_N)
+    begin = first + split * share
     end = tl.minimum(begin + share, length)
     col = tl.arange(0, BLOCK_D)
     query, head = row // group, h * group + row % group
@@ -177,8 +205,16 @@ def _decode_kernel(
             page = tl.load(Table + b * t_sb + key // PAGE, mask=key < length, other=0).to(tl.int64)
             slot = (key % PAGE).to(tl.int64)
         k = tl.load(K + (page * k_sb + slot * k_st)[:, None] + col[None, :], mask=written, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
-        s = tl.where(key[None, :] < seen[:, None], s, -float("inf"))
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if CAP:
+            s = _capped(s * scale, cap)
+            s *= 1.0 if EXACT else LOG2E
+        else:
+            s *= factor
+        visible = key[None, :] < seen[:, None]
+        if WINDOW:
+            visible = visible & (key[None, :] >= seen[:, None] - window)
+        s = tl.where(visible, s, -float("inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
         # A row that has seen no key yet has maximum -inf; subtracting 0 instead keeps its exponentials 0, not NaN.
         base = tl.where(m_new == -float("inf"), 0.0, m_new)
@@ -204,8 +240,8 @@ def _decode_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def _combine_kernel(
-    Partial, Max, Sum, Lengths, Out, heads, n_queries, capacity, splits,
-    WHOLE: tl.constexpr, PDL: tl.constexpr,
+    Partial, Max, Sum, Lengths, Out, heads, n_queries, capacity, splits, window,
+    WHOLE: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Out (B, n_queries, heads, D) from the splits of `_decode_kernel`, a row a program."""
@@ -213,6 +249,7 @@ def _combine_kernel(
     EXACT: tl.constexpr = Out.dtype.element_ty == tl.float32
     row = tl.program_id(0).to(tl.int64)
     length = _length(Lengths, row // (n_queries * heads), capacity, WHOLE)
+    length -= _first_key(length, n_queries, window, WINDOW, BLOCK_N)
     used = tl.cdiv(length, _share(length, splits, BLOCK_N))
     col = tl.arange(0, BLOCK_D)
     acc = tl.zeros([BLOCK_D], tl.float32)
@@ -237,8 +274,9 @@ def _combine_kernel(
 
 
 def decode_attention_fwd(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None, block_table: Tensor | None, scale: float
-) -> Tensor:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None, block_table: Tensor | None, scale: float,
+    window: int | None, softcap: float,
+) -> Tensor:  # fmt: skip
     """q: (B, Tq, H, D); caches: (B, capacity, Hkv, D), or pages with a block_table -> out as q, contiguous."""
     out = new_like(q)
     if out.numel() == 0:
@@ -253,10 +291,14 @@ def decode_attention_fwd(
     capacity = page * table.shape[1] if paged else page
     device, group = q.device, heads // kv_heads
     arch = architecture(device)
+    reach = capacity if window is None else min(capacity, window + n_queries - 1)
     plan = _plan(
-        batch, group * n_queries, kv_heads, head_dim, q.element_size(), capacity, paged, arch, multiprocessors(device)
+        batch, group * n_queries, kv_heads, head_dim, q.element_size(), reach, paged, arch, multiprocessors(device)
     )
-    decode, combine = _variants(plan, head_dim, page if paged else 0, lengths is None, launches_early(device))
+    decode, combine = _variants(
+        plan, head_dim, page if paged else 0, lengths is None, window is not None, softcap > 0.0, launches_early(device)
+    )
+    window = window or 0
     partial = maxima = sums = out  # which nobody writes to through these
     if plan.splits > 1:
         n_parts = batch * n_queries * heads * plan.splits
@@ -266,10 +308,11 @@ def decode_attention_fwd(
         (plan.row_tiles * batch * kv_heads * plan.splits,),
         q, k_cache, v_cache, counts, table, out, partial, maxima, sums,
         *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], table.stride(0),
-        heads, kv_heads, group, n_queries, capacity, plan.splits, scale,
+        heads, kv_heads, group, n_queries, capacity, plan.splits, scale, window, softcap,
     )  # fmt: skip
     if plan.splits > 1:
         combine.launch(
-            (batch * n_queries * heads,), partial, maxima, sums, counts, out, heads, n_queries, capacity, plan.splits
-        )
+            (batch * n_queries * heads,),
+            partial, maxima, sums, counts, out, heads, n_queries, capacity, plan.splits, window,
+        )  # fmt: skip
     return out

@@ -31,14 +31,13 @@ class Decoder:
 
     On a GPU, unless `cuda_graph` is False, the forward pass of one token is recorded as a CUDA graph, whose every
     tensor stays where it is: the token and its position are written into it from the host before each replay, after any
-    prompt. The results are those of the eager pass, but Python, hooks of modules among it, no longer runs. A model that
-    has not `Config.plain_attention` is never recorded: each of its kernels is launched from the host.
+    prompt. The results are those of the eager pass, but Python, hooks of modules among it, no longer runs.
     """
 
     def __init__(self, model: GPT, cuda_graph: bool = True) -> None:
         config, weight = model.config, model.token_embedding.weight
         self.model = model
-        kind = DeviceKVCache if cuda_graph and weight.is_cuda and config.plain_attention else KVCache
+        kind = DeviceKVCache if cuda_graph and weight.is_cuda else KVCache
         self.cache = kind(config, 1, min(config.context_length, FIRST_CAPACITY), weight.device, model.compute_dtype)
         self.n_begun = 0
         self._token = torch.zeros(1, 1, device=weight.device, dtype=torch.int64)

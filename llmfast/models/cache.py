@@ -56,12 +56,12 @@ class KVCache:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """Append (B, T, Hkv, D) and let q, (B, T, H, D), see all keys up to each token's own; -> (B, T, H, D).
 
-        `options` are those of `attention`. On a GPU a few tokens take the kernel that shares a sequence's keys out, if
-        it has the options; on a CPU `attention` does so itself.
+        `options` are those of `attention`. On a GPU a few tokens take the kernel that shares a sequence's keys out; on
+        a CPU `attention` does so itself.
         """
         keys, values = self.append(layer, k, v)
         trained = torch.is_grad_enabled() and (q.requires_grad or keys.requires_grad)
-        if not q.is_cuda or q.shape[1] > MAX_DECODED or trained or options.keys() - {"scale"}:
+        if not q.is_cuda or q.shape[1] > MAX_DECODED or trained:
             return ops.attention(q, keys, values, causal=True, **options)
         lengths = self._device_lengths(keys.shape[1])
         return ops.decode_attention(q, self.keys[layer], self.values[layer], lengths, **options)
@@ -81,7 +81,7 @@ class DeviceKVCache(KVCache):
     """A KVCache in which a forward pass of one token reads its position on the device, where `place` has written it.
 
     Such a pass launches the same kernels on the same memory at every position, so that a CUDA graph of it replays for
-    all; nobody asks for its gradient, and the model has `Config.plain_attention`. Other passes are a KVCache's.
+    all; nobody asks for its gradient. Other passes are a KVCache's.
     """
 
     def __init__(self, config: Config, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> None:

@@ -145,11 +145,6 @@ class Config:
         return self.window is not None and (self.local_layers is None or layer in self.local_layers)
 
     @property
-    def plain_attention(self) -> bool:
-        """Whether in every layer a token sees all before it by uncapped scores, as `ops.decode_attention` has it."""
-        return self.window is None and not self.attention_softcap
-
-    @property
     def gated(self) -> bool:
         """Whether the MLP's activation is multiplied by a second product of its input."""
         return self.mlp in ("swiglu", "geglu", "geglu_tanh")

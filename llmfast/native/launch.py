@@ -309,7 +309,14 @@ def attention_limits(
 
 
 def decode_attention_fwd(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None, block_table: None, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor | None,
+    block_table: None,
+    scale: float,
+    window: None,
+    softcap: float,
 ) -> Tensor:
     """q: (B, Tq, H, D); caches: (B, capacity, Hkv, D) -> out as q. Neighbours of one length run together."""
     q, k, v = _adjacent(q), _adjacent(k_cache), _adjacent(v_cache)
@@ -324,14 +331,21 @@ def decode_attention_fwd(
 
 
 def decode_attention_limits(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None, block_table: Tensor | None, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor | None,
+    block_table: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float,
 ) -> str | None:
     """Why the kernels cannot run this call."""
     if block_table is not None:
         return "has no paged cache"
     if lengths is not None and torch.compiler.is_compiling():
         return "reads the lengths, so it is not traced by torch.compile"
-    return attention_limits(q, k_cache, v_cache, True, scale, None, 0.0, False)
+    return attention_limits(q, k_cache, v_cache, True, scale, window, softcap, False)
 
 
 def adamw_fwd(

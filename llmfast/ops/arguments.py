@@ -130,12 +130,15 @@ def decode_attention(
     *,
     block_table: Tensor | None = None,
     scale: float | None = None,
+    window: int | None = None,
+    softcap: float = 0.0,
 ) -> tuple[Any, ...]:
     op, batch = "decode_attention", q.shape[0] if isinstance(q, Tensor) and q.dim() else 0
     scale = check_attention(op, scale, q=q, k_cache=k_cache, v_cache=v_cache)
     _no_gradient(op, q=q, k_cache=k_cache, v_cache=v_cache)
     check_cache(op, batch, k_cache, lengths, block_table)
-    return q, k_cache, v_cache, lengths, block_table, scale
+    check_scores(op, True, window, softcap)
+    return q, k_cache, v_cache, lengths, block_table, scale, window, float(softcap)
 
 
 def append_kv(

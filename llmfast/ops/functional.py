@@ -91,6 +91,8 @@ def decode_attention(
     *,
     block_table: Tensor | None = None,
     scale: float | None = None,
+    window: int | None = None,
+    softcap: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
     """Attention of the last Tq tokens of each sequence over its key-value cache, which holds them already.
@@ -98,10 +100,12 @@ def decode_attention(
     q: (B, Tq, H, D) -> (B, Tq, H, D). k_cache, v_cache: (B, capacity, Hkv, D), or pages (n_pages, page_size, Hkv, D)
     with block_table (B, max_pages) int32, the page of each page_size keys in turn. lengths: (B,) int32, from 0 to the
     capacity, which is what all have without them. Query i sees keys j < lengths[b] - (Tq - 1 - i); one that sees none
-    gives zeros. What lies past the lengths is not read, in the cache or in block_table. Neither lengths nor block_table
-    are waited for, so that a captured graph replays with others. No gradient.
+    gives zeros. `window` and `softcap` are those of `attention`. What lies past the lengths is not read, in the cache
+    or in block_table. Neither lengths nor block_table are waited for, so that a captured graph replays with others. No
+    gradient.
     """
-    args = arguments.decode_attention(q, k_cache, v_cache, lengths, block_table=block_table, scale=scale)
+    scores = {"scale": scale, "window": window, "softcap": softcap}
+    args = arguments.decode_attention(q, k_cache, v_cache, lengths, block_table=block_table, **scores)
     return run("decode_attention", backend, args)
 
 
@@ -124,7 +128,7 @@ def append_kv_(
     """
     args = arguments.append_kv(k_cache, v_cache, k, v, lengths, block_table=block_table)
     kernels = registry.choose("append_kv", backend, args)
-    with torch.no_grad():
+    with torch.no_grad(), torch.cuda.device_of(k_cache):
         (reference.append_kv if kernels is None else kernels.append_kv_fwd)(*args)
 
 

@@ -136,13 +136,15 @@ def attention_varlen(
 
 
 def decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None, block_table: Tensor | None, scale: float
-) -> Tensor:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None, block_table: Tensor | None, scale: float,
+    window: int | None = None, softcap: float = 0.0,
+) -> Tensor:  # fmt: skip
     """Causal attention of the last Tq tokens of each sequence over the first lengths[b] keys of a cache, or over all.
 
     q: (B, Tq, H, D); k_cache, v_cache: (B, capacity, Hkv, D), or (n_pages, page_size, Hkv, D) where block_table
     (B, max_pages) tells the page of each page_size keys in turn (https://arxiv.org/abs/2309.06180). Query i sees keys
-    j < lengths[b] - (Tq - 1 - i); one that sees none gives zeros. Whatever lies past the lengths has no effect.
+    j < lengths[b] - (Tq - 1 - i), and with a window the last of these; one that sees none gives zeros. softcap is that
+    of `attention`. Whatever lies past the lengths has no effect.
     """
     if block_table is not None:
         pages = block_table.long().clamp(0, k_cache.shape[0] - 1)
@@ -157,7 +159,10 @@ def decode_attention(
     group = heads // kv_heads
     qh = q.to(acc).unflatten(2, (kv_heads, group)).permute(0, 2, 3, 1, 4)  # (B, Hkv, G, Tq, D)
     scores = qh.flatten(2, 3) @ kh.transpose(-1, -2) * scale  # (B, Hkv, G Tq, capacity)
-    hidden = key >= (lengths[:, None] - (n_queries - 1) + query)[..., None]  # (B, Tq, capacity)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    seen = (lengths[:, None] - (n_queries - 1) + query)[..., None]  # (B, Tq, 1)
+    hidden = key >= seen if window is None else (key >= seen) | (key < seen - window)  # (B, Tq, capacity)
     hidden = hidden.repeat(1, group, 1)[:, None]
     probabilities = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
     out = probabilities.masked_fill(hidden, 0.0) @ vh  # a row that sees nothing has a softmax of 0 / 0

@@ -80,6 +80,7 @@ CASES: list[Case] = [
     *(DecodeAttentionCase(1, 1, 2048, 16, h, d, page) for d in (64, 128, 256) for h in (2, 16) for page in (0, 16)),
     DecodeAttentionCase(1, 8, 2048, 16, 2, 128),
     DecodeAttentionCase(1, 1, 2048, 16, 2, 128, counted=False),
+    *(DecodeAttentionCase(1, 1, 2048, 8, h, 256, window=512, softcap=50.0) for h in (4, 8)),
 ]
 
 

@@ -213,6 +213,14 @@ TEST_CASES: dict[str, list[Case]] = {
     "decode_attention": [
         *(DecodeAttentionCase(*shape, ragged=ragged) for shape in _DECODE_SHAPES for ragged in (False, True)),
         DecodeAttentionCase(3, 2, 300, 8, 2, 64, counted=False),
+        *(
+            DecodeAttentionCase(4, 3, 300, 8, 2, 64, ragged=ragged, window=w)
+            for ragged in (False, True)
+            for w in (1, 7, 128, 299)
+        ),
+        DecodeAttentionCase(4, 1, 304, 4, 4, 128, 16, True, window=33),
+        DecodeAttentionCase(3, 2, 300, 8, 1, 96, counted=False, window=100, softcap=5.0),
+        *(DecodeAttentionCase(3, 2, 300, 8, 2, 256, ragged=True, softcap=c) for c in (0.5, 50.0)),
     ],
 }
 

@@ -212,6 +212,8 @@ class DecodeAttentionCase(Defaults):
     """Whether lengths differ, and NaN lies past them."""
     counted: bool = True
     """Whether lengths are given at all."""
+    window: int | None = None
+    softcap: float = 0.0
     op: str = "decode_attention"
     differentiable = False
 
@@ -225,11 +227,12 @@ class DecodeAttentionCase(Defaults):
         heads = str(self.heads) if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
         label = f"B{self.batch} T{self.n_queries}/{self.capacity} H{heads} D{self.head_dim}"
         label += f" pages of {self.page_size}" * bool(self.page_size) + " ragged" * self.ragged
-        return label + " whole" * (not self.counted)
+        label += "" if self.window is None else f" window {self.window}"
+        return label + f" cap {self.softcap:g}" * bool(self.softcap) + " whole" * (not self.counted)
 
     @property
     def plain(self) -> bool:
-        return not self.page_size
+        return not self.page_size and self.window is None and not self.softcap
 
     @property
     def inputs(self) -> dict[str, tuple[int, ...]]:
@@ -265,11 +268,12 @@ class DecodeAttentionCase(Defaults):
     def ours(self, *tensors: Tensor, backend: str) -> Tensor:
         q, k_cache, v_cache = tensors
         lengths = self.lengths(q.device)[-q.shape[0] :] if self.counted else None
-        table = self.block_table(q.device)
-        return ops.decode_attention(q, k_cache, v_cache, lengths, block_table=table, backend=backend)
+        options = {"block_table": self.block_table(q.device), "window": self.window, "softcap": self.softcap}
+        return ops.decode_attention(q, k_cache, v_cache, lengths, backend=backend, **options)
 
     def torch(self, *tensors: Tensor) -> Tensor:
-        """F.scaled_dot_product_attention over what the caches hold, with a mask where that is needed."""
+        """F.scaled_dot_product_attention over what the caches hold, with a mask where that is needed; with a cap, which
+        it has not, the same written out."""
         q, *caches = tensors
         if q.numel() == 0 or caches[0].numel() == 0:  # which some of its kernels return None for
             return torch.zeros_like(q)
@@ -278,11 +282,18 @@ class DecodeAttentionCase(Defaults):
             caches = [cache[table.long()].flatten(1, 2) for cache in caches]
         key, query = (torch.arange(n, device=q.device) for n in (self.capacity, self.n_queries))
         lengths, mask = self.lengths(q.device)[:, None], None
-        if self.ragged or self.n_queries > 1:
-            mask = (key < (lengths - self.n_queries + 1 + query)[..., None])[:, None]  # (B, 1, Tq, capacity)
+        if self.ragged or self.n_queries > 1 or self.window or self.softcap:
+            seen = (lengths - self.n_queries + 1 + query)[..., None]
+            mask = (key < seen if self.window is None else (key < seen) & (key >= seen - self.window))[:, None]
         if self.ragged:
             caches = [cache.masked_fill((key >= lengths)[..., None, None], 0.0) for cache in caches]
         qh, kh, vh = (t.transpose(1, 2) for t in (q, *caches))
+        if self.softcap:
+            assert mask is not None
+            kh, vh = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (kh, vh))
+            scores = self.softcap * torch.tanh(qh @ kh.transpose(-1, -2) * self.head_dim**-0.5 / self.softcap)
+            out = torch.softmax(scores.masked_fill(~mask, float("-inf")), -1) @ vh
+            return out.where(mask.any(-1, keepdim=True), 0.0).transpose(1, 2)
         out = F.scaled_dot_product_attention(qh, kh, vh, attn_mask=mask, enable_gqa=self.heads != self.kv_heads)
         return (out if mask is None else out.where(mask.any(-1, keepdim=True), 0.0)).transpose(1, 2)
 
