@@ -92,7 +92,8 @@ def calls(record: dict[str, Any]) -> list[str]:
     lines = [line("", providers), f"|---|{'---:|' * len(providers)}"]
     for op, case in dict.fromkeys((c["op"], c["case"]) for c in record["calls"]):
         timed = [found.get((op, p), {}) for p in providers]
-        cells = [f"{c['forward_us']:.0f} / {c['training_us']:.0f}" if c.get("forward_us") else "-" for c in timed]
+        times = [(c.get("forward_us"), c.get("training_us")) for c in timed]
+        cells = [" / ".join(f"{us:.0f}" if us else "-" for us in pair) for pair in times]
         lines.append(line(f"{op.replace('_', ' ')}, {case}", cells))
     return lines
 
