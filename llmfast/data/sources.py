@@ -180,7 +180,7 @@ def _text_field(line: str, place: str) -> str:
         text.encode()
     except UnicodeEncodeError:
         raise InputError(f'{place}: "text" holds a lone surrogate; remove it') from None
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise InputError(f'{place}: not a JSON object with a "text" string; repair or remove the line') from None
     if not text.strip():
         raise InputError(f'{place}: "text" is empty; remove the line')

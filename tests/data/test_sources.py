@@ -92,6 +92,7 @@ def test_json_lines(tmp_path):
         ("{broken", 'not a JSON object with a "text" string'),
         ('["text"]', 'not a JSON object with a "text" string'),
         ('{"body": "x"}', 'not a JSON object with a "text" string'),
+        ("[" * 100_000, 'not a JSON object with a "text" string'),
         ('{"text": 5}', 'not a JSON object with a "text" string'),
         ('{"text": "\\ud800"}', "lone surrogate"),
         ('{"text": " "}', "empty"),
