@@ -49,7 +49,7 @@ def evaluate(
         usual = plan.training.context if plan else min(model.config.context_length, IMPORTED_CONTEXT)
         remedy = "give a smaller --context"  # the number of windows at once was halved already
         with console.status("scoring"), explaining_memory(where, remedy):
-            result = score(model, tokens, n_bytes, context or usual, batch_size)
+            result = score(model, tokens, n_bytes, usual if context is None else context, batch_size)
     result["text"] = f"validation text of {data.folder}" if data else str(text)
     if data is not None:
         result["ladder"] = {rung.name: rung.bits_per_byte for rung in read_ladder(data, console)}

@@ -298,7 +298,8 @@ def test_eval_and_plot(data: Path, text: Path, tmp_path: Path, cli: Cli, refused
     for content, said in ((b"", "is empty"), (b"\xff\xfe", "is not UTF-8")):
         short.write_bytes(content)
         refused(cli("eval", run, "--text", short, "--device", "cpu"), "short.txt", said)
-    refused(cli("eval", run, "--context", 4096, "--device", "cpu"), "context is 4096")
+    for context in (0, 4096):
+        refused(cli("eval", run, "--context", context, "--device", "cpu"), f"context is {context}")
     code, out, _ = cli("plot", run, run, "--out", tmp_path / "runs.png")
     assert code == 0 and "6 steps" in out and (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
     refused(cli("plot", tmp_path), "is not a run")
