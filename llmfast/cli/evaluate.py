@@ -82,7 +82,7 @@ def _encode(path: Path | None, tokenizer: AnyTokenizer) -> tuple[np.ndarray, int
     """A file's text as the model would be given it, up to what ends one, and how many bytes it has."""
     assert path is not None
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8-sig")  # as training reads it: read_text() would change ends of lines
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: is not UTF-8 text (byte {error.start}); convert it first") from None
     if not text:

@@ -295,6 +295,9 @@ def test_eval_and_plot(data: Path, text: Path, tmp_path: Path, cli: Cli, refused
     short.write_text(text.read_text()[:3000])
     code, out, _ = cli("eval", run, "--text", short, "--context", 16, "--device", "cpu")
     assert code == 0 and "short.txt" in out and "trigram" not in out and "8 to 15" in out
+    short.write_bytes(b"\xef\xbb\xbfw1 w2\r\nw3\r\n")
+    assert cli("eval", run, "--text", short, "--json", figures, "--device", "cpu")[0] == 0
+    assert json.loads(figures.read_text())["bytes"] == 11  # as training reads it: without the mark
     for content, said in ((b"", "is empty"), (b"\xff\xfe", "is not UTF-8")):
         short.write_bytes(content)
         refused(cli("eval", run, "--text", short, "--device", "cpu"), "short.txt", said)
