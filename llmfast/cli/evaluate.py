@@ -17,7 +17,7 @@ from ..files import write_atomic
 from ..models import GPT
 from ..tokenizers import AnyTokenizer
 from ..training.plots import draw_positions
-from .corpus import read_ladder, validation_text
+from .corpus import check_tokenizer, read_ladder, validation_text
 from .memory import explaining_memory
 from .plan import Plan
 from .runs import is_only_imported, load_model, read_config, run_folder
@@ -44,7 +44,10 @@ def evaluate(
     with ops.use_backend(backend or ops.current_backend()):
         warn = lambda message: console.print(message, highlight=False, markup=False, soft_wrap=True)  # noqa: E731
         model, tokenizer = load_model(folder, where, hardware.compute_dtype(where), warn)
-        data = Dataset.open(plan.data) if plan and text is None else None
+        data = None
+        if plan and text is None:
+            check_tokenizer(plan.data, tokenizer, folder)
+            data = Dataset.open(plan.data)
         tokens, n_bytes = validation_text(data) if data else _encode(text, tokenizer)
         usual = plan.training.context if plan else min(model.config.context_length, IMPORTED_CONTEXT)
         remedy = "give a smaller --context"  # the number of windows at once was halved already

@@ -194,6 +194,7 @@ def _resume(name: str, fixed: dict[str, Any], where: torch.device, tensorboard: 
     if dry_run:
         _print_cost(plan, where)
         return
+    check_tokenizer(plan.data, load_tokenizer(run_dir), run_dir)
     trackers, data = _trackers(run_dir, tensorboard), Dataset.open(plan.data)
     with locked(run_dir):
         _run(plan, data, run_dir, where, Console(), trackers, resume=True)

@@ -82,3 +82,18 @@ def test_resume_auto_passes_over_damage_of_the_newest_run(
     assert [[r.get(key) for key in keys] for r in after] == [[r.get(key) for key in keys] for r in before]
     shutil.rmtree("runs/newer/checkpoints")
     refused(cli("train", "--resume", "auto", "--device", "cpu"), "holds no checkpoint; start a new run")
+
+
+def test_data_prepared_again_with_another_tokenizer(
+    data: Path, text: Path, tmp_path: Path, cli: Cli, refused: Refused
+) -> None:
+    """Of the same text: its tokens mean other bytes to the run's model, or nothing."""
+    copy, run = shutil.copytree(data, tmp_path / "data"), tmp_path / "run"
+    assert cli("train", "--data", copy, *TRAIN, "--steps", 2, "--out", run)[0] == 0
+    before = (run / "metrics.jsonl").read_bytes()
+    assert cli("data", text, "--out", copy, "--vocab-size", 300)[0] == 0
+    for command in (("train", "--resume", run), ("eval", run)):
+        refused(cli(*command, "--device", "cpu"), f"{copy}: holds tokens of the tokenizer", f"--tokenizer {run}")
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert cli("data", text, "--out", copy, "--tokenizer", run)[0] == 0
+    assert cli("train", "--resume", run, "--device", "cpu")[0] == 0
