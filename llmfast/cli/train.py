@@ -263,7 +263,8 @@ def _run(
         "backend": ops.current_backend(),
         "ops": explain_ops(plan.model, 1, plan.training.context, device, DTYPES[plan.dtype]),
     }
-    _write_json(run_dir / "record.json", record)
+    if not resume:  # which may be refused: until there is another result, the one before stands
+        _write_json(run_dir / "record.json", record)
     console.print(describe(plan), f"on {properties.name}, in {run_dir}", sep="\n", highlight=False, soft_wrap=True)
     with explaining_memory(device, MEMORY_REMEDY):
         while True:

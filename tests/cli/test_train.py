@@ -80,8 +80,10 @@ def test_resume_auto_passes_over_damage_of_the_newest_run(
     after = read_metrics(Path("runs/newer/metrics.jsonl"))
     keys = ("step", "loss", "grad_norm", "val_bpb")
     assert [[r.get(key) for key in keys] for r in after] == [[r.get(key) for key in keys] for r in before]
+    record = Path("runs/newer/record.json").read_bytes()
     shutil.rmtree("runs/newer/checkpoints")
     refused(cli("train", "--resume", "auto", "--device", "cpu"), "holds no checkpoint; start a new run")
+    assert Path("runs/newer/record.json").read_bytes() == record and b'"val_bpb"' in record
 
 
 def test_data_prepared_again_with_another_tokenizer(
