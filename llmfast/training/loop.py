@@ -145,7 +145,7 @@ class _Run:
                 self.measure()
             if ends:
                 best = None if math.isinf(self.best_bpb) else self.best_bpb
-                return Result(self.step, self.tokens, best, interrupted and not finished)
+                return Result(self.step, self.tokens, best, stopped())  # asked again: it may have come while measuring
             self.update()
             if len(self.unreported) >= STEPS_A_REPORT or time.perf_counter() - self.reported_at > 1.0:
                 self.report_steps()

@@ -247,6 +247,26 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path: Path, number: signal.Sig
     assert signal.getsignal(number) is before
 
 
+@pytest.mark.parametrize("during", ["last step", "last evaluation"])
+def test_a_signal_at_the_end_stops_too(tmp_path: Path, during: str) -> None:
+    """What should follow the last step, a resume does."""
+
+    def data(index: int) -> Tensor:
+        if during == "last step" and index == 11:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batches(index)
+
+    def evaluate(model: GPT) -> float:
+        if during == "last evaluation":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 1.0
+
+    assert run(tmp_path, data=data, evaluate=evaluate).interrupted
+    result = run(tmp_path, evaluate=lambda model: 1.0, resume=True)
+    assert result == Result(step=12, tokens=12 * 64, best_bpb=1.0, interrupted=False)
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [*range(1, 13), 12]
+
+
 def test_a_second_interrupt_interrupts(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 
