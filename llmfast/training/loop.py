@@ -149,13 +149,6 @@ class _Run:
             self.update()
             if len(self.unreported) >= STEPS_A_REPORT or time.perf_counter() - self.reported_at > 1.0:
                 self.report_steps()
-                if self.skipped_in_a_row >= MAX_SKIPPED:
-                    self.save()
-                    raise LLMFastError(
-                        f"{self.skipped_in_a_row} steps in a row up to step {self.step} had a loss or gradient that is"
-                        " not finite or stands out; the weights before them are saved, lower the learning rate or"
-                        " check the data"
-                    )
 
     def update(self) -> None:
         """One step: gradients of all its batches, and the update of the weights unless it is to be left out."""
@@ -175,7 +168,10 @@ class _Run:
         self.unreported.append((self.step, self.tokens, rate, torch.cat((loss[None], outcome))))
 
     def report_steps(self) -> None:
-        """Fetch the losses of the steps since the last call, and write and report them."""
+        """Fetch the losses of the steps since the last call, and write and report them.
+
+        Too many without an update raise LLMFastError here: saves may be so frequent that nobody else calls this.
+        """
         if not self.unreported:
             return
         values = torch.stack([row[3] for row in self.unreported]).tolist()  # the host waits for the device here
@@ -191,6 +187,12 @@ class _Run:
         self.unreported, self.reported_at, self.reported_tokens = [], now, self.tokens
         self.write(*steps)
         self.report.step(steps[-1], self.progress)
+        if self.skipped_in_a_row >= MAX_SKIPPED:
+            self.save()
+            raise LLMFastError(
+                f"{self.skipped_in_a_row} steps in a row up to step {self.step} had a loss or gradient that is not"
+                " finite or stands out; the weights before them are saved, lower the learning rate or check the data"
+            )
 
     def measure(self) -> None:
         """Evaluate, and keep the weights if they are the best so far."""

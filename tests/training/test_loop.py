@@ -144,10 +144,14 @@ def test_a_spike_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert records[55]["grad_norm"] > 100 * records[54]["grad_norm"]
 
 
-def test_ten_skipped_in_a_row_stop_with_a_saved_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("save_every", [100, 4])
+def test_ten_skipped_in_a_row_stop_with_a_saved_state(
+    save_every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often what was measured is fetched."""
     poison(monkeypatch, lambda call: call >= 3 and call != 7)
     with pytest.raises(LLMFastError, match="1[0-9] steps in a row .* lower the learning rate"):
-        run(tmp_path, max_steps=1000)
+        run(tmp_path, max_steps=1000, save_every=save_every)
     checkpoint = latest(tmp_path / "checkpoints", pytest.fail)
     assert 18 <= checkpoint.step <= 18 + loop.STEPS_A_REPORT
     assert all(t.isfinite().all() for t in checkpoint.tensors("model").values())
