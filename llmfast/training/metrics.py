@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,12 +56,19 @@ class MetricsFile:
         write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in kept).encode())
 
     def append(self, records: Sequence[Step | Evaluation]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            for record in records:
-                values = {
-                    k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(record).items()
-                }
-                file.write(json.dumps(values) + "\n")
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                for record in records:
+                    values = {
+                        k: None if isinstance(v, float) and not math.isfinite(v) else v
+                        for k, v in asdict(record).items()
+                    }
+                    file.write(json.dumps(values) + "\n")
+        except OSError:
+            with suppress(OSError):
+                os.truncate(self.path, size)  # the beginning of a line would spoil the next one
+            raise
 
 
 def read_metrics(path: Path, on_skip: Callable[[str], None] | None = None) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The metrics file, the loss curve and the progress line."""
 
+import errno
 import io
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from llmfast.training import Evaluation, Step
+from llmfast.training import Evaluation, Step, metrics
 from llmfast.training.metrics import MetricsFile, read_metrics
 from llmfast.training.plots import _smooth, draw_loss
 from llmfast.training.progress import Progress
@@ -28,6 +29,32 @@ def test_round_trip_and_rewind(tmp_path: Path) -> None:
     assert [r.get("loss") for r in records] == [2.0, None, None, 2.0]
     file.rewind(2)
     assert read_metrics(file.path) == records[:2]
+
+
+class FullDisk(io.StringIO):
+    """What a full disk took of a file: its first 30 bytes."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def __exit__(self, *_: object) -> None:
+        with open(self.path, "a") as file:
+            file.write(self.getvalue()[:30])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_record_that_a_full_disk_cut_does_not_spoil_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = MetricsFile(tmp_path / "m.jsonl")
+    file.append([step(1)])
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "open", lambda path, *args, **options: FullDisk(path), raising=False)
+        with pytest.raises(OSError, match="No space left"):
+            file.append([step(2)])
+    file.append([step(3)])
+    assert [r["step"] for r in read_metrics(file.path, pytest.fail)] == [1, 3]
 
 
 def test_lines_that_are_damaged_are_left_out_and_said_once(tmp_path: Path) -> None:
