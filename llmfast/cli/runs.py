@@ -23,6 +23,7 @@ CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
 METRICS = "metrics.jsonl"
+RECORD = "record.json"
 
 
 def newest_run() -> Path:
@@ -110,6 +111,14 @@ def is_only_imported(run_dir: Path) -> bool:
     """Whether the run's model came from another library and was not trained here."""
     values = read_config(run_dir)
     return "imported" in values and "training" not in values
+
+
+def recorded_backend(run_dir: Path) -> str | None:
+    """The kernel backend that the run was trained with; None if its record does not say."""
+    try:
+        return str(json.loads((run_dir / RECORD).read_bytes())["backend"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def load_tokenizer(run_dir: Path) -> AnyTokenizer:

@@ -44,6 +44,7 @@ from .runs import (
     CONFIG,
     LOCK,
     METRICS,
+    RECORD,
     RUNS,
     is_only_imported,
     load_model,
@@ -51,6 +52,7 @@ from .runs import (
     load_weights,
     locked,
     read_config,
+    recorded_backend,
     run_folder,
 )
 
@@ -124,6 +126,8 @@ def train(
         "fp8": fp8 or None,
         "deterministic": deterministic or None,
     }
+    if resume is not None:
+        backend = backend or recorded_backend(run_folder(None if resume == "auto" else resume))
     with ops.use_backend(backend or ops.current_backend(), strict=strict):
         if resume is not None:
             fixed = options | {"preset": preset, "from": parent, "out": out, "dtype": dtype}
@@ -264,7 +268,7 @@ def _run(
         "ops": explain_ops(plan.model, 1, plan.training.context, device, DTYPES[plan.dtype]),
     }
     if not resume:  # which may be refused: until there is another result, the one before stands
-        _write_json(run_dir / "record.json", record)
+        _write_json(run_dir / RECORD, record)
     console.print(describe(plan), f"on {properties.name}, in {run_dir}", sep="\n", highlight=False, soft_wrap=True)
     with explaining_memory(device, MEMORY_REMEDY):
         while True:
@@ -278,7 +282,7 @@ def _run(
             gc.collect()  # frames in cycles, which importing left, hold on to the model
             plan = _halved(plan, run_dir, console)
     if result.interrupted:
-        _write_json(run_dir / "record.json", record | {"result": asdict(result)})
+        _write_json(run_dir / RECORD, record | {"result": asdict(result)})
         if records := read_metrics(run_dir / METRICS):
             draw_loss(records, [], run_dir / "loss.png")
         console.print(
@@ -351,10 +355,10 @@ def _finish(
         remedy = "lower the learning rate or check the data"
         raise LLMFastError(f"{run_dir}: the model's bits per byte are not finite; {remedy}")
     record["result"]["val_bpb"] = bpb
-    _write_json(run_dir / "record.json", record)  # the result stands, whatever becomes of the baselines
+    _write_json(run_dir / RECORD, record)  # the result stands, whatever becomes of the baselines
     rungs = read_ladder(data, console)
     record["ladder"] = {rung.name: rung.bits_per_byte for rung in rungs}
-    _write_json(run_dir / "record.json", record)
+    _write_json(run_dir / RECORD, record)
     # The curve's points score only the first eval_tokens; this line is what compares with the others.
     ladder = [*((rung.name, rung.bits_per_byte) for rung in rungs), ("model, whole text", bpb)]
     draw_loss(read_metrics(run_dir / METRICS, warn), ladder, run_dir / "loss.png")

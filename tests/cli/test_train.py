@@ -99,3 +99,21 @@ def test_data_prepared_again_with_another_tokenizer(
     assert (run / "metrics.jsonl").read_bytes() == before
     assert cli("data", text, "--out", copy, "--tokenizer", run)[0] == 0
     assert cli("train", "--resume", run, "--device", "cpu")[0] == 0
+
+
+def test_a_resume_goes_on_with_the_runs_backend(
+    data: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless it is told another: others round differently, and the losses would have other bits."""
+    from llmfast.cli.defaults import DEFAULTS
+
+    monkeypatch.setitem(DEFAULTS["cpu"].training, "save_every", 4)
+    run = tmp_path / "run"
+    assert cli("train", "--data", data, *TRAIN, "--steps", 8, "--backend", "reference", "--out", run)[0] == 0
+    before = read_metrics(run / "metrics.jsonl")
+    shutil.rmtree(run / "checkpoints" / "step-8")
+    for options, backend in (((), "reference"), (("--backend", "auto"), "auto"), ((), "auto")):
+        assert cli("train", "--resume", run, "--device", "cpu", *options)[0] == 0
+        assert json.loads((run / "record.json").read_text())["backend"] == backend
+        if not options and backend == "reference":
+            assert [r.get("loss") for r in read_metrics(run / "metrics.jsonl")] == [r.get("loss") for r in before]
