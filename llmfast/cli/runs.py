@@ -81,6 +81,12 @@ def locked(run_dir: Path) -> Iterator[None]:
         yield
 
 
+def has_saved(run_dir: Path) -> bool:
+    """Whether the run has weights to show, damaged or not: one killed before its first checkpoint has none."""
+    folders = (path for kind in ("best", CHECKPOINTS) for path in (run_dir / kind).glob("step-*"))
+    return any(path.suffix == "" for path in folders)  # .tmp-123 is the half of one
+
+
 def best_checkpoint(run_dir: Path, on_skip: Any) -> Checkpoint:
     """The best weights of a run, or its newest checkpoint if it was never evaluated or they are damaged."""
     best = run_dir / "best"

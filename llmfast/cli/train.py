@@ -46,6 +46,7 @@ from .runs import (
     METRICS,
     RECORD,
     RUNS,
+    has_saved,
     is_only_imported,
     load_model,
     load_tokenizer,
@@ -200,8 +201,11 @@ def _resume(name: str, fixed: dict[str, Any], where: torch.device, tensorboard: 
         return
     check_tokenizer(plan.data, load_tokenizer(run_dir), run_dir)
     trackers, data = _trackers(run_dir, tensorboard), Dataset.open(plan.data)
+    console = Console()
     with locked(run_dir):
-        _run(plan, data, run_dir, where, Console(), trackers, resume=True)
+        if not (saved := has_saved(run_dir)):
+            _printing(console)(f"{run_dir}: saved no checkpoint, it begins again")
+        _run(plan, data, run_dir, where, console, trackers, resume=saved)
 
 
 def _check_ids(data: Dataset, plan: Plan) -> None:

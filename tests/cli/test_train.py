@@ -117,3 +117,21 @@ def test_a_resume_goes_on_with_the_runs_backend(
         assert json.loads((run / "record.json").read_text())["backend"] == backend
         if not options and backend == "reference":
             assert [r.get("loss") for r in read_metrics(run / "metrics.jsonl")] == [r.get("loss") for r in before]
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(
+    data: Path, tmp_path: Path, cli: Cli, refused: Refused
+) -> None:
+    """What a kill -9 in its first steps leaves: no checkpoint, and perhaps half of one."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert cli("train", "--data", data, *TRAIN, "--steps", 4, "--out", whole)[0] == 0
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "best")
+    (run / "checkpoints" / "step-4").rename(run / "checkpoints" / "step-4.tmp-999999999")
+    code, out, _ = cli("train", "--resume", run, "--device", "cpu")
+    assert code == 0 and "saved no checkpoint, it begins again" in out
+    losses = [[(r["step"], r.get("loss")) for r in read_metrics(path / "metrics.jsonl")] for path in (whole, run)]
+    assert losses[0] == losses[1] and [p.name for p in (run / "checkpoints").iterdir()] == ["step-4"]
+    for file in (run / "checkpoints" / "step-4", run / "best" / "step-4"):
+        (file / "manifest.json").write_text("{}")
+    refused(cli("train", "--resume", run, "--device", "cpu"), "holds no undamaged checkpoint")
