@@ -67,7 +67,7 @@ def attempt(run_dir: Path, device: str, steps: int, doomed_at: int | None, pipe:
     torch.set_num_threads(1)  # which costs such a model nothing, and busy machines do not slow it down
     torch.manual_seed(1)
     model = GPT(preset("tiny", dropout=0.2), torch.float32 if device == "cpu" else torch.bfloat16).to(device)
-    resume = any((run_dir / "checkpoints").glob("step-*[0-9]"))  # of whole names: step-4, not step-4.tmp-123
+    resume = any(path.suffix == "" for path in (run_dir / "checkpoints").glob("step-*"))  # not step-4.tmp-123
     train(model, config, batches, evaluate=evaluate, run_dir=run_dir, resume=resume, report=Printer())
 
 
