@@ -52,7 +52,7 @@ def open_data(source: str, vocabulary: int | AnyTokenizer, console: Console) -> 
     new = isinstance(vocabulary, int)
     make = partial(prepare, vocab_size=vocabulary) if new else partial(prepare, tokenizer=vocabulary)
     folder = environment.cache_dir() / "data" / _key(source, vocabulary)
-    if not Manifest.is_in(folder):
+    if not folder.exists():
         console.print(f"preparing {source} in {folder}", highlight=False, markup=False, soft_wrap=True)
         with console.status("") as status:
             make(
@@ -60,7 +60,10 @@ def open_data(source: str, vocabulary: int | AnyTokenizer, console: Console) -> 
                 folder,
                 on_progress=lambda stage, fraction: status.update(f"{stage} {fraction:.0%}"),
             )
-    return Dataset.open(folder)
+    try:
+        return Dataset.open(folder)
+    except InputError as error:
+        raise InputError(f"{error}: remove {folder}, it is only a cache") from None
 
 
 def read_ladder(data: Dataset, console: Console) -> list[Rung]:

@@ -135,3 +135,17 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(
     for file in (run / "checkpoints" / "step-4", run / "best" / "step-4"):
         (file / "manifest.json").write_text("{}")
     refused(cli("train", "--resume", run, "--device", "cpu"), "holds no undamaged checkpoint")
+
+
+@pytest.mark.parametrize("name", ["train-00000-of-00001.bin", "manifest.json"])
+def test_a_damaged_cache_says_what_to_remove(
+    name: str, text: Path, tmp_path: Path, cli: Cli, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMFAST_CACHE", str(tmp_path / "cache"))
+    options = ("train", "--data", text, *TRAIN, "--steps", 1, "--out")
+    assert cli(*options, tmp_path / "before")[0] == 0
+    (folder,) = (tmp_path / "cache" / "data").iterdir()
+    (folder / name).write_text("{")
+    refused(cli(*options, tmp_path / "run"), str(folder / name), f"remove {folder}")
+    shutil.rmtree(folder)
+    assert cli(*options, tmp_path / "run")[0] == 0
