@@ -13,6 +13,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 MAX_JSON_BYTES = 64 * 2**20
 
 
@@ -92,6 +97,24 @@ def _alive(pid: int) -> bool:
     except PermissionError:  # it exists and is another user's
         return True
     return True
+
+
+@contextmanager
+def exclusive(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold the lock of the file `path`, and yield True; or False, where we are not to `wait` for another that holds it.
+
+    No lock where the system has none.
+    """
+    if fcntl is None:
+        yield True
+        return
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            ours = True
+        except BlockingIOError:
+            ours = False
+        yield ours
 
 
 def file_sha256(path: Path) -> str:

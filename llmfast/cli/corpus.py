@@ -15,7 +15,7 @@ from ..data import Dataset, Manifest, prepare
 from ..data.sources import STDLIB, check_source
 from ..errors import InputError
 from ..evals import Rung, ladder
-from ..files import write_atomic
+from ..files import exclusive, write_atomic
 from ..tokenizers import AnyTokenizer
 
 
@@ -53,13 +53,13 @@ def open_data(source: str, vocabulary: int | AnyTokenizer, console: Console) -> 
     make = partial(prepare, vocab_size=vocabulary) if new else partial(prepare, tokenizer=vocabulary)
     folder = environment.cache_dir() / "data" / _key(source, vocabulary)
     if not folder.exists():
-        console.print(f"preparing {source} in {folder}", highlight=False, markup=False, soft_wrap=True)
-        with console.status("") as status:
-            make(
-                source,
-                folder,
-                on_progress=lambda stage, fraction: status.update(f"{stage} {fraction:.0%}"),
-            )
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(folder.with_name(f".{folder.name}.lock"), wait=True):  # of runs started together, one prepares
+            if not folder.exists():
+                console.print(f"preparing {source} in {folder}", highlight=False, markup=False, soft_wrap=True)
+                with console.status("") as status:
+                    show = lambda stage, fraction: status.update(f"{stage} {fraction:.0%}")  # noqa: E731
+                    make(source, folder, on_progress=show)
     try:
         return Dataset.open(folder)
     except InputError as error:

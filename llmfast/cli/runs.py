@@ -9,14 +9,10 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, InputError
+from ..files import exclusive
 from ..models import GPT, Config
 from ..tokenizers import AnyTokenizer, PretrainedTokenizer, load_saved
 from ..weights import Checkpoint, latest
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 RUNS = Path("runs")
 CONFIG = "config.json"
@@ -69,15 +65,10 @@ def config_of(run_dir: Path) -> Iterator[None]:
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
     """Keep other processes from training in `run_dir`; InputError if one does. No lock where the system has none."""
-    if fcntl is None:
-        yield
-        return
-    with open(run_dir / LOCK, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with exclusive(run_dir / LOCK, wait=False) as ours:
+        if not ours:
             remedy = "wait for it or give another --out"
-            raise InputError(f"{run_dir}: is being trained by another process; {remedy}") from None
+            raise InputError(f"{run_dir}: is being trained by another process; {remedy}")
         yield
 
 

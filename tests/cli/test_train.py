@@ -3,10 +3,14 @@
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
 from llmfast.training.metrics import read_metrics
 
@@ -144,8 +148,30 @@ def test_a_damaged_cache_says_what_to_remove(
     monkeypatch.setenv("LLMFAST_CACHE", str(tmp_path / "cache"))
     options = ("train", "--data", text, *TRAIN, "--steps", 1, "--out")
     assert cli(*options, tmp_path / "before")[0] == 0
-    (folder,) = (tmp_path / "cache" / "data").iterdir()
+    (folder,) = (tmp_path / "cache" / "data").glob("words-*")
     (folder / name).write_text("{")
     refused(cli(*options, tmp_path / "run"), str(folder / name), f"remove {folder}")
     shutil.rmtree(folder)
     assert cli(*options, tmp_path / "run")[0] == 0
+
+
+def test_processes_that_want_one_text_prepare_it_once(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As runs that are started together do: the later ones wait."""
+    pytest.importorskip("fcntl")
+    from llmfast.cli import corpus
+
+    made, real = [], corpus.prepare
+
+    def prepare(source: str, out: Path, **options: Any) -> None:
+        made.append(out)
+        time.sleep(0.3)
+        real(source, out, **options)
+
+    monkeypatch.setattr(corpus, "prepare", prepare)
+    monkeypatch.setenv("LLMFAST_CACHE", str(tmp_path))
+    with ThreadPoolExecutor(3) as pool:
+        jobs = [pool.submit(corpus.open_data, str(text), 300, Console(quiet=True)) for _ in range(3)]
+        folders = {job.result().folder for job in jobs}
+    assert made == list(folders)
