@@ -57,7 +57,7 @@ def config_of(run_dir: Path) -> Iterator[None]:
     """Errors over the values of the run's `config.json` become an InputError that names the file."""
     try:
         yield
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise InputError(f"{run_dir / CONFIG}: is damaged ({reason}); restore it or train again") from None
 
@@ -114,7 +114,7 @@ def recorded_backend(run_dir: Path) -> str | None:
     """The kernel backend that the run was trained with; None if its record does not say."""
     try:
         return str(json.loads((run_dir / RECORD).read_bytes())["backend"])
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
 
 

@@ -75,7 +75,7 @@ class Manifest:
             fields["splits"] = {name: Split(**split) for name, split in fields["splits"].items()}
             manifest = cls(**fields)
             matches = manifest.corpus_hash == corpus_hash
-        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise InputError(f"{path}: damaged ({type(error).__name__}: {error}); run prepare again") from None
         if not matches:
             raise InputError(f"{path}: corpus_hash does not match the documents listed; run prepare again")

@@ -83,7 +83,7 @@ def read_metrics(path: Path, on_skip: Callable[[str], None] | None = None) -> li
     for number, line in enumerate(lines[:-1], start=1):  # a complete line ends in a newline
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if _is_record(record):
             records.append(record)

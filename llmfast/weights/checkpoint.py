@@ -84,7 +84,7 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointError(f"{error.filename}: is missing; use another checkpoint") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); use another checkpoint") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{path / MANIFEST}: is damaged; use another checkpoint") from None
     return Checkpoint(path, int(match[1]), state)
 

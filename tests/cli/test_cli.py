@@ -223,7 +223,7 @@ def test_damaged_run(data: Path, tmp_path: Path, cli: Cli, refused: Refused) -> 
     assert cli("generate", run)[0] == 2
     weights.write_bytes(content)
     config = json.loads((run / "config.json").read_text())
-    for damaged in ("{", "{}", "[]", "null", "\xff", json.dumps(config | {"model": 3})):
+    for damaged in ("{", "{}", "[]", "null", "\xff", "[" * 100_000, json.dumps(config | {"model": 3})):
         (run / "config.json").write_text(damaged, encoding="latin-1")
         refused(cli("generate", run), "config.json: is damaged")
         refused(cli("train", "--resume", run), "config.json: is damaged")

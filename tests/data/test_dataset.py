@@ -146,9 +146,10 @@ def test_damaged_manifest_is_named(folder, change, message):
 
 
 def test_manifest_that_is_not_json_is_named(folder):
-    (folder / "manifest.json").write_bytes((folder / "manifest.json").read_bytes()[:-20])
-    with pytest.raises(InputError, match="manifest.json: damaged"):
-        Dataset.open(folder)
+    for content in ((folder / "manifest.json").read_bytes()[:-20], b"[" * 100_000):
+        (folder / "manifest.json").write_bytes(content)
+        with pytest.raises(InputError, match="manifest.json: damaged"):
+            Dataset.open(folder)
 
 
 def test_damaged_missing_and_foreign_shards_are_named(folder):

@@ -63,11 +63,11 @@ def test_lines_that_are_damaged_are_left_out_and_said_once(tmp_path: Path) -> No
     with open(file.path, "a") as f:
         f.write('{"step": 2, "lo')
     assert [r["step"] for r in read_metrics(file.path)] == [1]
-    file.path.write_bytes(b"nonsense\n[1]\n\xff\xfe\n" + file.path.read_bytes())
+    file.path.write_bytes(b"nonsense\n[1]\n\xff\xfe\n" + b"[" * 100_000 + b"\n" + file.path.read_bytes())
     said: list[str] = []
     file.rewind(1, said.append)
     assert [r["step"] for r in read_metrics(file.path, pytest.fail)] == [1]
-    assert len(said) == 1 and "3 damaged line(s), the first is line 1" in said[0]
+    assert len(said) == 1 and "4 damaged line(s), the first is line 1" in said[0]
 
 
 def test_smoothing_is_unbiased_at_the_start() -> None:

@@ -81,6 +81,7 @@ def flip_bit(file: Path) -> None:
         (flip_bit, "rng.safetensors", "sha256 differs"),
         (flip_bit, "state.json", "sha256 differs"),
         (truncate, "manifest.json", "is damaged"),
+        (lambda file: file.write_text("[" * 100_000), "manifest.json", "is damaged"),
         (Path.unlink, "manifest.json", "is missing"),
     ],
 )
