@@ -1,6 +1,7 @@
 """Training progress for people: a live line on a terminal, a plain line every ten seconds elsewhere."""
 
 import time
+from contextlib import suppress
 from types import TracebackType
 
 from rich.console import Console
@@ -76,7 +77,8 @@ class Progress:
         return (now - started) * (1.0 - progress) / (progress - at) if progress > at else None
 
     def _print(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        with suppress(OSError):  # a log on a disk that is full; the metrics are reported on their own
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def clock(seconds: float) -> str:

@@ -122,3 +122,14 @@ def test_no_share_of_peak_where_it_is_unknown() -> None:
     out = io.StringIO()
     Progress(Console(file=out), 200, 1e9, None).step(step(1), 0.5)
     assert "peak" not in out.getvalue()
+
+
+def test_a_log_that_cannot_be_written_does_not_end_training() -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Progress(Console(file=Full()), 3, 1e6, None) as progress:
+        progress.step(step(1), 0.5)
+        progress.message("passed over a damaged checkpoint")
+        progress.evaluation(Evaluation(1, 64, 1.5, 2.0))
