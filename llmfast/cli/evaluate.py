@@ -20,7 +20,7 @@ from ..training.plots import draw_positions
 from .corpus import check_tokenizer, read_ladder, validation_text
 from .memory import explaining_memory
 from .plan import Plan
-from .runs import is_only_imported, load_model, read_config, run_folder
+from .runs import is_only_imported, load_model, read_config, recorded, run_folder
 
 IMPORTED_CONTEXT = 1024  # tokens, at most, for a model that was imported: no run says how many it shall see
 
@@ -48,6 +48,9 @@ def evaluate(
         if plan and text is None:
             check_tokenizer(plan.data, tokenizer, folder)
             data = Dataset.open(plan.data)
+            if recorded(folder, "corpus", "hash") not in (None, data.manifest.corpus_hash):
+                remedy = "put that back, or give a text that it has not seen by --text"
+                raise InputError(f"{data.folder}: holds another text than {folder} was trained on; {remedy}")
         tokens, n_bytes = validation_text(data) if data else _encode(text, tokenizer)
         usual = plan.training.context if plan else min(model.config.context_length, IMPORTED_CONTEXT)
         remedy = "give a smaller --context"  # the number of windows at once was halved already

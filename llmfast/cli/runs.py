@@ -110,10 +110,13 @@ def is_only_imported(run_dir: Path) -> bool:
     return "imported" in values and "training" not in values
 
 
-def recorded_backend(run_dir: Path) -> str | None:
-    """The kernel backend that the run was trained with; None if its record does not say."""
+def recorded(run_dir: Path, *names: str) -> str | None:
+    """What the run's record says under `names`, each inside the one before; None if it says nothing."""
     try:
-        return str(json.loads((run_dir / RECORD).read_bytes())["backend"])
+        value = json.loads((run_dir / RECORD).read_bytes())
+        for name in names:
+            value = value[name]
+        return str(value)
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
 

@@ -53,7 +53,7 @@ from .runs import (
     load_weights,
     locked,
     read_config,
-    recorded_backend,
+    recorded,
     run_folder,
 )
 
@@ -128,7 +128,7 @@ def train(
         "deterministic": deterministic or None,
     }
     if resume is not None:
-        backend = backend or recorded_backend(run_folder(None if resume == "auto" else resume))
+        backend = backend or recorded(run_folder(None if resume == "auto" else resume), "backend")
     with ops.use_backend(backend or ops.current_backend(), strict=strict):
         if resume is not None:
             fixed = options | {"preset": preset, "from": parent, "out": out, "dtype": dtype}

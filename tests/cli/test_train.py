@@ -175,3 +175,13 @@ def test_processes_that_want_one_text_prepare_it_once(
         jobs = [pool.submit(corpus.open_data, str(text), 300, Console(quiet=True)) for _ in range(3)]
         folders = {job.result().folder for job in jobs}
     assert made == list(folders)
+
+
+def test_eval_of_data_that_has_changed(data: Path, text: Path, tmp_path: Path, cli: Cli, refused: Refused) -> None:
+    """Its validation text may be what the run was trained on."""
+    copy, run, half = shutil.copytree(data, tmp_path / "data"), tmp_path / "run", tmp_path / "half.txt"
+    assert cli("train", "--data", copy, *TRAIN, "--steps", 2, "--out", run)[0] == 0
+    half.write_text(text.read_text()[: text.stat().st_size // 2])
+    assert cli("data", half, "--out", copy, "--tokenizer", run)[0] == 0
+    refused(cli("eval", run, "--device", "cpu"), f"{copy}: holds another text than {run} was trained on", "--text")
+    assert cli("eval", run, "--text", half, "--device", "cpu")[0] == 0
