@@ -127,7 +127,7 @@ def train(
         "fp8": fp8 or None,
         "deterministic": deterministic or None,
     }
-    if resume is not None:
+    if resume is not None and ops.current_backend() == "auto":
         backend = backend or recorded(run_folder(None if resume == "auto" else resume), "backend")
     with ops.use_backend(backend or ops.current_backend(), strict=strict):
         if resume is not None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from llmfast import ops
 from llmfast.training.metrics import read_metrics
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -121,6 +122,9 @@ def test_a_resume_goes_on_with_the_runs_backend(
         assert json.loads((run / "record.json").read_text())["backend"] == backend
         if not options and backend == "reference":
             assert [r.get("loss") for r in read_metrics(run / "metrics.jsonl")] == [r.get("loss") for r in before]
+    with ops.use_backend("reference"):  # as LLMFAST_BACKEND would
+        assert cli("train", "--resume", run, "--device", "cpu")[0] == 0
+    assert json.loads((run / "record.json").read_text())["backend"] == "reference"
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again(
