@@ -79,6 +79,9 @@ def load(path: Path) -> Checkpoint:
         files = json.loads((path / MANIFEST).read_bytes())["files"]
         for name, expected in files.items():
             _verify(path / name, expected["bytes"], expected["sha256"])
+        unlisted = {STATE, *(file.name for file in path.glob("*.safetensors"))} - files.keys()
+        if unlisted:
+            raise CheckpointError(f"{path / min(unlisted)}: is not in the manifest; use another checkpoint")
         state = json.loads((path / STATE).read_bytes())
     except FileNotFoundError as error:
         raise CheckpointError(f"{error.filename}: is missing; use another checkpoint") from None

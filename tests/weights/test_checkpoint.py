@@ -83,6 +83,7 @@ def flip_bit(file: Path) -> None:
         (truncate, "manifest.json", "is damaged"),
         (lambda file: file.write_text("[" * 100_000), "manifest.json", "is damaged"),
         (Path.unlink, "manifest.json", "is missing"),
+        (lambda file: file.write_bytes(b"{}"), "more.safetensors", "is not in the manifest"),
     ],
 )
 def test_damage_is_named_and_the_previous_one_used(tmp_path: Path, damage, file: str, fault: str) -> None:
