@@ -134,15 +134,18 @@ class _Run:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         for tracker in self.trackers:
             tracker.rewind(first, self.report.message)
-        self.reported_tokens = self.tokens
+        self.reported_tokens, saved = self.tokens, True
         while True:
             finished, interrupted = self.progress >= 1.0, stopped()
             ends = finished or interrupted
             due = ends or self.step % self.config.save_every == 0
             if (self.step > first and due) or (self.step == 0 and ends):  # a run stopped before step 1 can be resumed
-                self.save()  # before the evaluation, which may fail
+                saved = self.save()  # before the evaluation, which may fail
             if self.step > 0 and not interrupted and (finished or self.step % self.config.eval_every == 0):
                 self.measure()
+            if interrupted and not saved:
+                remedy = "free space, then resume from the checkpoint before"
+                raise CheckpointError(f"{self.run_dir}: stopped after step {self.step}, which is not saved; {remedy}")
             if ends:
                 best = None if math.isinf(self.best_bpb) else self.best_bpb
                 return Result(self.step, self.tokens, best, stopped())  # asked again: it may have come while measuring
@@ -213,8 +216,8 @@ class _Run:
                 self.best_bpb = bpb
         self.reported_at = time.perf_counter()
 
-    def save(self) -> None:
-        """Write everything that the next step depends on."""
+    def save(self) -> bool:
+        """Write everything that the next step depends on; whether that could be done."""
         self.report_steps()
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
@@ -224,8 +227,9 @@ class _Run:
             "optimizer": self.optimizer.state(),
             "rng": rng,
         }
-        self.try_save("checkpoints", tensors, {"tokens": self.tokens, "seconds": self.seconds})
+        saved = self.try_save("checkpoints", tensors, {"tokens": self.tokens, "seconds": self.seconds})
         self.reported_at = time.perf_counter()
+        return saved
 
     def try_save(self, kind: str, tensors: dict[str, dict[str, Tensor]], values: dict[str, Any]) -> bool:
         state = values | {

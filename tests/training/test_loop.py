@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -249,6 +250,21 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path: Path, number: signal.Sig
     assert result == Result(step=6, tokens=6 * 64, best_bpb=None, interrupted=True)
     assert latest(tmp_path / "checkpoints", pytest.fail).step == 6
     assert signal.getsignal(number) is before
+
+
+def test_a_signal_whose_checkpoint_finds_no_room_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def data(index: int) -> Tensor:
+        if index == 5:
+            monkeypatch.setattr(loop, "save", no_space)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batches(index)
+
+    def no_space(*args: Any, **kwargs: Any) -> None:
+        raise CheckpointError("disk full")
+
+    with pytest.raises(CheckpointError, match="stopped after step 6, which is not saved; free space"):
+        run(tmp_path, data=data, save_every=3)
+    assert latest(tmp_path / "checkpoints", pytest.fail).step == 3
 
 
 @pytest.mark.parametrize("during", ["last step", "last evaluation"])
