@@ -30,7 +30,7 @@ from ..training import Result
 from ..training import train as run_loop
 from ..training.metrics import read_metrics
 from ..training.plots import draw_loss
-from ..training.progress import Progress
+from ..training.progress import Progress, TrainingConsole
 from ..training.trackers import TensorBoard, Tracker
 from ..weights.pretrained import copy_companions
 from .backends import explain_ops
@@ -151,7 +151,7 @@ def train(
         _check_memory(expected, properties)
         folder = out or RUNS / f"{datetime.now():%Y%m%d-%H%M%S}-{expected.preset}"
         _check_new(folder)
-        trackers, console = _trackers(folder, tensorboard), Console()
+        trackers, console = _trackers(folder, tensorboard), TrainingConsole()
         dataset = open_data(data, vocabulary, console)
         plan = planned(str(dataset.folder.resolve()), dataset.manifest.vocab_size)
         dataset.batch("train", 0, 1, plan.training.context, 0)  # refuses a text shorter than a context
@@ -201,7 +201,7 @@ def _resume(name: str, fixed: dict[str, Any], where: torch.device, tensorboard: 
         return
     check_tokenizer(plan.data, load_tokenizer(run_dir), run_dir)
     trackers, data = _trackers(run_dir, tensorboard), Dataset.open(plan.data)
-    console = Console()
+    console = TrainingConsole()
     with locked(run_dir):
         if not (saved := has_saved(run_dir)):
             _printing(console)(f"{run_dir}: saved no checkpoint, it begins again")

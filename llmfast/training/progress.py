@@ -1,5 +1,8 @@
 """Training progress for people: a live line on a terminal, a plain line every ten seconds elsewhere."""
 
+import os
+import signal
+import sys
 import time
 from contextlib import suppress
 from types import TracebackType
@@ -11,6 +14,16 @@ from rich.text import Text
 from .metrics import Evaluation, Step
 
 SECONDS_A_LINE = 10.0
+
+
+class TrainingConsole(Console):
+    """A console whose reader may go away, as in `llmfast train | head`."""
+
+    def on_broken_pipe(self) -> None:
+        """As at SIGTERM: the step ends, and is saved. rich would exit at once."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered goes there at exit
+        signal.raise_signal(signal.SIGTERM)
 
 
 class Progress:

@@ -18,6 +18,7 @@ from llmfast.cli.main import COMMANDS
 from llmfast.data import Dataset
 from llmfast.errors import InputError
 from llmfast.training.metrics import read_metrics
+from llmfast.weights import latest
 
 Cli = Callable[..., tuple[int, str, str]]
 Refused = Callable[..., None]
@@ -91,6 +92,17 @@ def test_interrupted_and_resumed_equals_uninterrupted(data: Path, tmp_path: Path
     assert losses[0] == losses[1]
     assert [step for step, loss, _ in losses[0] if loss is not None] == list(range(1, 151))
     assert losses[0][-1][2] is not None
+
+
+def test_a_reader_that_goes_away_ends_training_with_a_checkpoint(data: Path, tmp_path: Path) -> None:
+    """As in `llmfast train | head -1`."""
+    running = process("train", "--data", data, *TRAIN, "--steps", 10**6, "--out", "run", cwd=tmp_path)
+    assert running.stdout is not None
+    running.stdout.readline()
+    running.stdout.close()
+    assert running.wait(timeout=60) == 0
+    steps = [r["step"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert latest(tmp_path / "run" / "checkpoints", pytest.fail).step == max(steps)
 
 
 def test_ctrl_c_outside_training_exits_130(tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
