@@ -23,11 +23,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .. import ops
 from ..errors import InputError
-from ..nn.functional import autocast, fall_back, scaled_dot_product_attention
+from ..nn import functional
+from ..nn.functional import autocast, fall_back
 from . import modules
 
 NAME = "llmfast"
 # What our attention lacks: arguments of it, and the attributes of attention modules that hold them, None without one.
+WINDOW = "_llmfast_window"
 LACKS = {"softcap": "attn_logit_softcapping", "s_aux": "sinks"}
 
 
@@ -37,6 +39,9 @@ def mask(*, attention_mask: Tensor | None = None, **options: Any) -> Tensor | No
     With gradients that is so of batches padded on the right as well: no token sees the padding behind it. What padding
     itself gets is then another value than with "sdpa", which no loss may use; without gradients `generate` does, which
     goes on from the last position whatever it holds. Values of masks are not looked at under a compiler.
+
+    A mask that differs from plain causal attention by nothing but a sliding window knows that window, as an attribute:
+    whatever else is made of the mask does not have it.
     """
     positions = options.get("cache_position")  # of the queries, in transformers 5.3; later their number and the first
     if positions is None:
@@ -48,7 +53,17 @@ def mask(*, attention_mask: Tensor | None = None, **options: Any) -> Tensor | No
     if training and attention_mask is not None and attention_mask.shape[-1] == length and first == 0:
         if not (attention_mask[:, 1:] & ~attention_mask[:, :-1]).any():
             attention_mask = None
-    return sdpa_mask(attention_mask=attention_mask, **options)
+    made, window = sdpa_mask(attention_mask=attention_mask, **options), options.get("local_size")
+    if made is not None and plain_causal and window is not None and _slides(options.get("config"), window):
+        unbounded: dict[str, Any] = options | {"local_size": None}
+        if sdpa_mask(attention_mask=attention_mask, **unbounded) is None:
+            setattr(made, WINDOW, window)
+    return made
+
+
+def _slides(config: Any, size: int) -> bool:
+    """Whether masks of this local size are those of a sliding window, not of chunks."""
+    return getattr(config, "sliding_window", None) == size and getattr(config, "attention_chunk_size", None) is None
 
 
 def attention_forward(
@@ -65,30 +80,33 @@ def attention_forward(
     """query: (B, H, Tq, D); key, value: (B, Hkv, Tk, D) -> (B, Tq, H, D).
 
     No mask means causal attention from the top left, or for a single query all of the keys, as `mask` and
-    transformers' sdpa have it. Where there is a mask, or dropout, transformers' sdpa runs, which is said once, or is an
-    error in strict mode and where a backend is asked for by name.
+    transformers' sdpa have it; one that knows its window means the same with that. Where there is another mask, or
+    dropout, transformers' sdpa runs, which is said once, or is an error in strict mode and where a backend is asked for
+    by name.
     """
     for name in LACKS:
         if options.get(name) is not None:
             raise InputError(f"attn_implementation='{NAME}' does not support {name}; use 'eager'")
-    reason = _why_not(attention_mask, dropout, options)
-    if reason is not None:
-        fall_back(f"attn_implementation='{NAME}'", reason, query.device.type)
+    window = None if torch.compiler.is_compiling() else getattr(attention_mask, WINDOW, None)
+    call = _why_not(attention_mask if window is None else None, dropout, options)
+    if call is None:
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        causal = query.shape[2] > 1 and causal
+        call = functional.plan(query, key, value, None, 0.0, causal, scaling, True, window)
+    if isinstance(call, str):
+        fall_back(f"attn_implementation='{NAME}'", call, query.device.type)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **options
         )
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = query.shape[2] > 1 and causal
-    out = scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scaling, enable_gqa=True)
-    return out.transpose(1, 2).contiguous(), None
+    op, args = call
+    return functional.run(op, None, args).contiguous(), None
 
 
 def _why_not(attention_mask: Tensor | None, dropout: float, options: dict[str, Any]) -> str | None:
     if attention_mask is not None:
         return (
-            "a mask is needed (padding on the left, or without gradients on the right, packed sequences, a window"
-            " shorter than the keys, a static cache, several tokens after a cache, or any attention_mask under a"
-            " compiler)"
+            "a mask is needed (padding on the left, or without gradients on the right, packed sequences, a static"
+            " cache, several tokens after a cache, or under a compiler any attention_mask or a window)"
         )
     if dropout > 0.0:
         return "dropout is not 0"

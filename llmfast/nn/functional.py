@@ -32,7 +32,7 @@ def scaled_dot_product_attention(
     for by name, they raise BackendError. Under autocast the three are cast, as there. A single query that needs no
     gradient runs ops.decode_attention, anything else ops.attention.
     """
-    call = _plan(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    call = plan(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if isinstance(call, str):
         fall_back("scaled_dot_product_attention", call, query.device.type)
         options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
@@ -52,7 +52,7 @@ def explain(
     enable_gqa: bool = False,
 ) -> str:
     """What runs this call of scaled_dot_product_attention: the op and its backends, or PyTorch's function and why."""
-    call = _plan(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    call = plan(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if isinstance(call, str):
         return f"scaled_dot_product_attention: PyTorch's, because {call}"
     return registry.explain(*call)
@@ -81,7 +81,7 @@ def fall_back(function: str, reason: str, device: str) -> None:
 Call = tuple[str, tuple[Any, ...]]  # an op of ours and its arguments, checked
 
 
-def _plan(
+def plan(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -90,8 +90,10 @@ def _plan(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
+    window: int | None = None,
 ) -> Call | str:
-    """The op that computes it with a kernel, or why there is none.
+    """The op that computes it with a kernel, or why there is none. With a `window` a query sees the last so many of the
+    keys that it would see, which are those up to its own.
 
     For fewer queries than keys, causal from the top left means the first keys alone. Where auto would take the
     reference, which holds all the probabilities at once, PyTorch's function is better.
@@ -107,9 +109,10 @@ def _plan(
         return "the tensors are not of one floating dtype"
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if queries == 1 and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
-        call = op, args = "decode_attention", arguments.decode_attention(q, k, v, scale=scale)
+        call = op, args = "decode_attention", arguments.decode_attention(q, k, v, scale=scale, window=window)
     else:
-        call = op, args = "attention", arguments.attention(q, k, v, causal=is_causal, scale=scale)
+        causal = is_causal or window is not None
+        call = op, args = "attention", arguments.attention(q, k, v, causal=causal, scale=scale, window=window)
     if torch.compiler.is_compiling() or registry.current_backend() != registry.AUTO:
         return call
     if registry.chosen(op, args)[0] != registry.REFERENCE:
