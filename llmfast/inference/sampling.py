@@ -32,10 +32,11 @@ def sample(
     equals. `generator` is on the logits' device. LLMFastError for a row whose largest logit is not a finite number.
     """
     check(temperature, top_k, top_p)
-    if not logits.amax(-1).isfinite().all():
+    likeliest = logits.argmax(-1)
+    if not logits.gather(-1, likeliest[:, None]).isfinite().all():  # the host waits here, so what it asks for is made
         raise LLMFastError("the model's logits are not finite; use weights of an earlier step or train again")
     if temperature == 0.0:
-        return logits.argmax(-1)
+        return likeliest
     scores, ids = logits.float().sort(dim=-1, descending=True, stable=True)
     # Less the largest first: dividing large logits by a small temperature would overflow.
     scores = (scores - scores[:, :1]) / max(temperature, torch.finfo(torch.float32).tiny)
