@@ -85,8 +85,9 @@ class Decoder:
         return self.model(ids, self.cache, last_only=True)[:, -1]
 
     def _record(self) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=_recording_stream(self._token.device)):
+        graph, stream = torch.cuda.CUDAGraph(), _recording_stream(self._token.device)
+        # What other threads of the process ask of the device meanwhile is no matter of this recording.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self._logits = self._read(self._token)
         self.cache.length -= 1  # recording computes nothing, so the token is not held yet
         return graph
