@@ -298,7 +298,7 @@ def decode_attention_fwd(
     decode, combine = _variants(
         plan, head_dim, page if paged else 0, lengths is None, window is not None, softcap > 0.0, launches_early(device)
     )
-    window = window or 0
+    window = min(window or 0, capacity)  # of which more hides nothing, and might leave the 32 bits of differences
     partial = maxima = sums = out  # which nobody writes to through these
     if plan.splits > 1:
         n_parts = batch * n_queries * heads * plan.splits

@@ -64,6 +64,16 @@ def test_scale(scale: float, backend: str, device: str) -> None:
     torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [70, 2**31 - 1, 2**31, 2**63 - 1])
+def test_a_window_wider_than_the_cache_hides_nothing(window: int, device: str) -> None:
+    """Of sequences with fewer keys than there are queries, too, where a difference may leave 32 bits."""
+    pytest.importorskip("triton")
+    q, k, v = make_inputs(DecodeAttentionCase(3, 16, 70, 4, 2, 64), device, torch.float32)
+    n = lengths(1, 70, 3, device=device)
+    out = ops.decode_attention(q, k, v, n, window=window, backend="triton")
+    torch.testing.assert_close(out, ops.decode_attention(q, k, v, n, backend="triton"), rtol=1e-5, atol=1e-5)
+
+
 @EACH
 def test_layouts(backend: str, device: str) -> None:
     """Keys and values side by side, queries in any order, equal their copies bit for bit."""
