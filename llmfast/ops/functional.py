@@ -129,7 +129,12 @@ def append_kv_(
     args = arguments.append_kv(k_cache, v_cache, k, v, lengths, block_table=block_table)
     kernels = registry.choose("append_kv", backend, args)
     with torch.no_grad(), torch.cuda.device_of(k_cache):
-        (reference.append_kv if kernels is None else kernels.append_kv_fwd)(*args)
+        if kernels is None:
+            reference.append_kv(*args)
+            return
+        for cache in (k_cache, v_cache):  # autograd, which kernels do not tell, refuses to go back to what it held
+            torch.autograd.graph.increment_version(cache)
+        kernels.append_kv_fwd(*args)
 
 
 def attention_varlen(

@@ -90,6 +90,18 @@ def test_nothing_to_write(backend: str, device: str) -> None:
         assert torch.equal(k_cache, before)
 
 
+@EACH
+@pytest.mark.parametrize("written", [0, 1])
+def test_who_needs_a_cache_to_go_backward_is_refused(written: int, backend: str, device: str) -> None:
+    """In place of a gradient of what lies there now."""
+    needs_triton(backend)
+    caches, new = (tensors(s, device=device, dtype=torch.float32) for s in ((2, 5, 2, 8), (2, 1, 2, 8)))
+    loss = (torch.ones_like(caches[0], requires_grad=True) * caches[written]).sum()
+    ops.append_kv_(*caches, *new, torch.ones(2, dtype=torch.int32, device=device), backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_decode_attention_reads_what_was_appended(device: str) -> None:
     """Token by token, as a whole cache that was there from the start."""
     q, _, k, v = (t[:, :6] for t in tensors((2, 6, 4, 16), (2, 6, 2, 16), device=device, dtype=torch.float32))
