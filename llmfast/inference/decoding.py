@@ -48,12 +48,13 @@ class Decoder:
     def begin(self) -> int:
         """Begin another sequence, whose number is returned; `n_begun` is that of the last one.
 
-        A graph calls the kernels of the backend, and reads the parameters where they lay, of the time it was recorded:
-        where either has changed, another one is recorded.
+        A graph calls the kernels of the backend, and reads parameters and buffers where they lay, of the time it was
+        recorded: where either has changed, another one is recorded.
         """
         self.cache.length = 0
         self.n_begun += 1
-        recorded = ops.current_backend(), *(parameter.data_ptr() for parameter in self.model.parameters())
+        tensors = *self.model.parameters(), *self.model.buffers()
+        recorded = ops.current_backend(), *(t.data_ptr() for t in tensors)
         if recorded != self._recorded:
             self._graph, self._n_single, self._recorded = None, 0, recorded
         return self.n_begun

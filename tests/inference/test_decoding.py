@@ -184,9 +184,14 @@ def test_weights_changed_in_place_are_seen_and_others_recorded(device: str, reco
     weight.data = weight.data.flip(0)
     moved = list(generate(decoder, prompt(3), 14, temperature=0.0))
     assert len(recorder) == 2 and moved != after
+    assert model.rotary is not None
+    model.rotary = model.rotary.flip(1)
+    turned = list(generate(decoder, prompt(3), 14, temperature=0.0))
+    assert len(recorder) == 3 and turned != moved
+    assert turned == list(generate(Decoder(model, cuda_graph=False), prompt(3), 14, temperature=0.0))
     with ops.use_backend("reference"):
         list(generate(decoder, prompt(3), 14, temperature=0.0))
-    assert len(recorder) == 3
+    assert len(recorder) == 4
 
 
 def test_a_short_answer_is_not_recorded(device: str, recorder: list[Decoder]) -> None:
