@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import InputError
+from .functional import autocast
 
 
 class Embedding(nn.Embedding):
@@ -20,7 +21,8 @@ class Embedding(nn.Embedding):
 
 class Linear(nn.Linear):
     """torch.nn.Linear: PyTorch's products, the bias's gradient in one pass. The bias may be float32 beside a 16-bit x
-    and weight."""
+    and weight. Autocast casts x and the weight, as there."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return ops.linear(input, self.weight, self.bias)
+        x, weight = autocast(input, self.weight)
+        return ops.linear(x, weight, self.bias)

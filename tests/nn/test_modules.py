@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llmfast import nn as fast
+from llmfast import ops
 from llmfast.errors import InputError
 
 TARGETS = torch.tensor([0, 5, -100, 2])
@@ -44,6 +45,22 @@ def test_equals_torch(name: str, arguments: dict[str, Any], shape: tuple[int, ..
         y = module(x)
         results.append([y, *torch.autograd.grad(y, [x, *module.parameters()], grad)])
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("bias", [True, False])
+def test_autocast_casts_a_linear_as_pytorch_does(rows: int, bias: bool, device: str) -> None:
+    """By a kernel for one row, and in a backward pass outside."""
+    pytest.importorskip("triton")
+    ours, theirs = (m.Linear(6, 5, bias=bias).to(device) for m in (fast, torch.nn))
+    ours.load_state_dict(theirs.state_dict())
+    x, grad = torch.randn(rows, 6, device=device, requires_grad=True), torch.randn(rows, 5, device=device).half()
+    results = []
+    for module in (ours, theirs):
+        with ops.use_backend("triton"), torch.autocast(device, torch.float16):
+            y = module(x)
+        results.append([y, *torch.autograd.grad(y, [x, *module.parameters()], grad)])
+    torch.testing.assert_close(*results, rtol=0.01, atol=0.01)
 
 
 @pytest.mark.parametrize("options", [{}, {"padding_idx": 2}, {"padding_idx": -1}], ids=str)
