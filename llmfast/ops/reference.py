@@ -154,6 +154,7 @@ def decode_attention(
     key, query = (torch.arange(n, device=q.device) for n in (capacity, n_queries))
     if lengths is None:
         lengths = torch.full((q.shape[0],), capacity, dtype=torch.int32, device=q.device)
+    lengths = lengths.clamp(0, capacity)  # the newest keys that there are, as the kernels take it
     unwritten = key >= lengths[:, None]  # (B, capacity)
     kh, vh = (t.to(acc).masked_fill(unwritten[..., None, None], 0.0).transpose(1, 2) for t in (k_cache, v_cache))
     group = heads // kv_heads

@@ -36,11 +36,19 @@ def test_each_sequence_is_attention_over_its_own_keys(backend: str, device: str)
 
 
 @EACH
-def test_lengths_outside_the_cache_read_nothing_outside(backend: str, device: str) -> None:
+@pytest.mark.parametrize(("queries", "window"), [(1, None), (2, None), (2, 7)])
+def test_lengths_outside_the_cache_read_nothing_outside(
+    queries: int, window: int | None, backend: str, device: str
+) -> None:
     needs_triton(backend)
-    q, k, v = make_inputs(DecodeAttentionCase(3, 1, 70, 4, 2, 64), device, torch.float32)
-    out = ops.decode_attention(q, k, v, lengths(-5, 71, 2**31 - 1, device=device), backend=backend)
-    assert torch.equal(out, ops.decode_attention(q, k, v, lengths(0, 70, 70, device=device), backend=backend))
+    if backend == "cpp" and window is not None:
+        pytest.skip("no window")
+    q, k, v = make_inputs(DecodeAttentionCase(3, queries, 70, 4, 2, 64), device, torch.float32)
+    out, inside = (
+        ops.decode_attention(q, k, v, lengths(*n, device=device), window=window, backend=backend)
+        for n in ((-5, 71, 2**31 - 1), (0, 70, 70))
+    )
+    assert torch.equal(out, inside)
     assert (out[0] == 0).all()
 
 
