@@ -80,6 +80,19 @@ def test_layouts(backend: str, device: str) -> None:
 
 
 @EACH
+def test_layouts_of_new_heads_and_pages(backend: str, device: str) -> None:
+    """Heads whose elements lie apart, or are one, and a block_table whose columns are adjacent."""
+    needs_triton(backend)
+    k_cache, v_cache, k, v = tensors((6, 4, 2, 16), (3, 2, 16, 2), device=device, dtype=torch.float32)
+    k, v = k.transpose(2, 3), v[..., :1, :].transpose(2, 3).expand(-1, -1, -1, 16)
+    pages = torch.tensor([[5, 0, 2], [1, 4, 3]], dtype=torch.int32).t()
+    want = [expected(cache, new, [5, 8, 2], pages) for cache, new in ((k_cache, k), (v_cache, v))]
+    where, table = torch.tensor([5, 8, 2], dtype=torch.int32, device=device), pages.to(device)
+    ops.append_kv_(k_cache, v_cache, k, v, where, block_table=table, backend=backend)
+    assert torch.equal(k_cache, want[0]) and torch.equal(v_cache, want[1])
+
+
+@EACH
 def test_nothing_to_write(backend: str, device: str) -> None:
     needs_triton(backend)
     for shapes in (((2, 5, 2, 8), (2, 0, 2, 8)), ((0, 5, 2, 8), (0, 1, 2, 8)), ((2, 0, 2, 8), (2, 1, 2, 8))):

@@ -136,6 +136,21 @@ def test_every_number_of_splits_gives_the_result(monkeypatch: pytest.MonkeyPatch
         assert torch.equal(out, RAGGED.ours(*tensors, backend="triton"))
 
 
+@pytest.mark.parametrize("window", [1, 62, 129, 200])
+def test_windows_over_splits(window: int, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """Some of which begin in the last key of a tile of 64, for the first of the queries alone."""
+    pytest.importorskip("triton")
+    kernels = importlib.import_module("llmfast.kernels.decode_attention")
+    q, k, v = make_inputs(DecodeAttentionCase(4, 3, 300, 4, 2, 64), device, torch.float32)
+    n = lengths(194, 300, 127, 2, device=device)
+    truth = ops.decode_attention(q.double(), k.double(), v.double(), n, window=window, backend=REFERENCE)
+    plan = kernels._plan
+    for splits in (1, 2, 3, 17):
+        monkeypatch.setattr(kernels, "_plan", lambda *args, n=splits: plan(*args)._replace(splits=n))
+        out = ops.decode_attention(q, k, v, n, window=window, backend="triton")
+        torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=1e-5)
+
+
 def test_splits_keep_the_processors_busy() -> None:
     pytest.importorskip("triton")
     kernels = importlib.import_module("llmfast.kernels.decode_attention")
