@@ -29,18 +29,26 @@ def exponential(x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def await_previous(EARLY: tl.constexpr):
-    """First of all in a kernel that is launched early: let the next one be, too, and wait until all that the kernel
-    before has written can be read."""
+def await_previous(EARLY: tl.constexpr, LET_IN: tl.constexpr = True):
+    """First of all in a kernel that is launched early: wait until all that the kernel before has written can be read.
+    With LET_IN the next one may be launched early beside this one; else `let_in` says when."""
     if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
+        if LET_IN:
+            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
 
 
+@triton.jit
+def let_in(EARLY: tl.constexpr):
+    """Let the next kernel be launched: where each program of this one has come, it may take room beside them."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
 def launches_early(device: torch.device) -> bool:
-    """Whether a kernel can be launched, by `launch_pdl`, while the one before still runs, which hides the time that
-    launching takes (programmatic dependent launch)."""
-    return architecture(device) >= 90
+    """Whether a kernel can be launched while the one before still runs, which hides the time that launching takes
+    (programmatic dependent launch, of CUDA alone)."""
+    return architecture(device) >= 90 and torch.version.hip is None
 
 
 def cdiv(n: int, d: int) -> int:

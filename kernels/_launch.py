@@ -37,14 +37,15 @@ _ENTER, _EXIT = (getattr(knobs.runtime, f"launch_{end}_hook", None) for end in (
 class Variant:
     """A kernel with its constexprs and Triton's options, `constants`: made once, launched often.
 
-    `variant.launch(grid, *args)` is `kernel[grid](*args, **constants)`, where args are all that is no constexpr.
+    `variant.launch(grid, *args)` is `kernel[grid](*args, **constants)`, where args are all that is no constexpr. With
+    EARLY, which `await_previous` takes, it is launched while the kernel before still runs.
     """
 
     __slots__ = ("_compiled", "constants", "kernel")
 
     def __init__(self, kernel: Any, **constants: Any) -> None:
         self.kernel = kernel
-        self.constants = constants
+        self.constants = constants | ({"launch_pdl": constants["EARLY"]} if "EARLY" in constants else {})
         self._compiled = _Compiled(None)
 
     def launch(self, grid: tuple[int, ...], *args: Any) -> None:

@@ -69,7 +69,7 @@ def sum_partials(partials: Tensor, sums: list[Tensor]) -> None:
     launch(
         _sum_partials_kernel, (cdiv(n_cols, 16), n_sums),
         partials, sums[0], sums[-1], n_partials, n_cols,
-        ROWS=512, BLOCK=16, EARLY=early, num_warps=8, launch_pdl=early,
+        ROWS=512, BLOCK=16, EARLY=early, num_warps=8,
     )  # fmt: skip
 
 

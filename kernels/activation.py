@@ -151,7 +151,7 @@ def _tile(n_cols: int, elements: int) -> tuple[int, int]:
 def _forward_variant(n_cols: int, kind: str, has_bias: bool, gated: bool, early: bool) -> tuple[int, int, Variant]:
     """Rows of a tile, tiles of a row of `n_cols` elements, and the kernel that takes a tile a program."""
     rows, block = _tile(n_cols, GATED_TILE if gated else TILE)
-    flags = {"KIND": kind, "HAS_BIAS": has_bias, "GATED": gated, "EARLY": early, "launch_pdl": early}
+    flags = {"KIND": kind, "HAS_BIAS": has_bias, "GATED": gated, "EARLY": early}
     return rows, cdiv(n_cols, block), Variant(_activation_fwd_kernel, **flags, ROWS=rows, BLOCK=block, num_warps=4)
 
 

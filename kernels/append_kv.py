@@ -49,7 +49,7 @@ def _variant(heads: int, head_dim: int, page: int, early: bool) -> tuple[int, Va
     """Programs for a token's keys, and their kernel."""
     width = next_power_of_2(head_dim)
     per_program = max(1, min(next_power_of_2(heads), BLOCK // width))
-    flags = {"PAGE": page, "EARLY": early, "launch_pdl": early}
+    flags = {"PAGE": page, "EARLY": early}
     sizes = {"D": head_dim, "HEADS": per_program, "BLOCK_D": width}
     return cdiv(heads, per_program), Variant(_append_kv_kernel, **flags, **sizes, num_warps=4)
 

@@ -15,7 +15,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ._common import (
     LOG2E,
@@ -24,6 +23,7 @@ from ._common import (
     cdiv,
     exponential,
     launches_early,
+    let_in,
     multiprocessors,
     new_like,
     next_power_of_2,
@@ -102,24 +102,23 @@ def _plan(
 
 @functools.lru_cache(maxsize=1024)
 def _variants(
-    plan: Plan, head_dim: int, page: int, whole: bool, windowed: bool, capped: bool, pdl: bool
+    plan: Plan, head_dim: int, page: int, whole: bool, windowed: bool, capped: bool, early: bool
 ) -> tuple[Variant, Variant]:
     """The kernel of the splits and that which combines them."""
     sizes = {
         "WHOLE": whole,
         "WINDOW": windowed,
-        "PDL": pdl,
+        "EARLY": early,
         "D": head_dim,
         "BLOCK_N": plan.keys,
         "BLOCK_D": _padded(head_dim),
     }
-    options = {"launch_pdl": True} if pdl else {}
     return (
         Variant(
             _decode_kernel, PAGE=page, CAP=capped, SPLIT=plan.splits > 1, BLOCK_M=plan.rows, num_warps=4,
-            num_stages=plan.stages, **sizes, **options,
+            num_stages=plan.stages, **sizes,
         ),
-        Variant(_combine_kernel, BLOCK_S=COMBINED, num_warps=2, **sizes, **options),
+        Variant(_combine_kernel, BLOCK_S=COMBINED, num_warps=2, **sizes),
     )  # fmt: skip
 
 
@@ -160,7 +159,7 @@ def _decode_kernel(
     Q, K, V, Lengths, Table, Out, Partial, Max, Sum, q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, t_sb,
     heads, kv_heads, group, n_queries, capacity, splits, scale, window, cap,
     PAGE: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
-    PDL: tl.constexpr,
+    EARLY: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One split of the keys of one sequence and key head, for one tile of the rows that read them.
@@ -171,8 +170,7 @@ def _decode_kernel(
     WHOLE: every sequence has `capacity` keys, and Lengths is not read. WINDOW: of the keys up to its own a query sees
     the last `window`; CAP: scores are capped at `cap`.
     """
-    if PDL:
-        gdc_wait()  # the next kernel is let in later: it would take room from programs that still read
+    await_previous(EARLY, False)
     n_row_tiles = tl.cdiv(group * n_queries, BLOCK_M)
     row = tl.program_id(0) % n_row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     task = tl.program_id(0) // n_row_tiles  # tiles that read the same keys follow each other, then heads, in memory too
@@ -224,8 +222,7 @@ def _decode_kernel(
         v = tl.load(V + (page * v_sb + slot * v_st)[:, None] + col[None, :], mask=written, other=0.0)
         acc = _dot(p.to(v.dtype), v, acc * alpha[:, None])
         m = m_new
-    if PDL:
-        gdc_launch_dependents()
+    let_in(EARLY)  # not before: the next kernel would take room from programs that still read
     out_row = (b * n_queries + query) * heads + head
     if SPLIT:
         if begin < end:  # the others are not read
@@ -241,11 +238,11 @@ def _decode_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def _combine_kernel(
     Partial, Max, Sum, Lengths, Out, heads, n_queries, capacity, splits, window,
-    WHOLE: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
+    WHOLE: tl.constexpr, WINDOW: tl.constexpr, EARLY: tl.constexpr,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Out (B, n_queries, heads, D) from the splits of `_decode_kernel`, a row a program."""
-    await_previous(PDL)
+    await_previous(EARLY)
     EXACT: tl.constexpr = Out.dtype.element_ty == tl.float32
     row = tl.program_id(0).to(tl.int64)
     length = _length(Lengths, row // (n_queries * heads), capacity, WHOLE)

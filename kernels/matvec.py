@@ -44,7 +44,7 @@ def _matvec_kernel(
 @functools.lru_cache(maxsize=1024)
 def _variant(n_in: int, element_size: int, has_bias: bool, early: bool) -> Variant:
     block = max(16, min(BLOCK_BYTES // element_size, next_power_of_2(n_in)))
-    flags = {"HAS_BIAS": has_bias, "EARLY": early, "launch_pdl": early}
+    flags = {"HAS_BIAS": has_bias, "EARLY": early}
     return Variant(_matvec_kernel, **flags, ROWS=ROWS, BLOCK=block, num_warps=4)
 
 

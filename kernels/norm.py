@@ -214,7 +214,7 @@ def _forward_variant(
     tile = _forward_tile(n_cols, rms, has_residual)
     return tile.rows, Variant(
         _norm_fwd_kernel, N=n_cols, RMS=rms, HAS_RESIDUAL=has_residual, HAS_WEIGHT=has_weight, HAS_BIAS=has_bias,
-        ROWS=tile.rows, BLOCK=tile.block, EARLY=early, num_warps=tile.warps, launch_pdl=early,
+        ROWS=tile.rows, BLOCK=tile.block, EARLY=early, num_warps=tile.warps,
     )  # fmt: skip
 
 

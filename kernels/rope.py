@@ -61,7 +61,7 @@ def _variant(head_dim: int, interleaved: bool, back: bool, early: bool) -> tuple
     """Heads of tokens that a program turns, and the kernel that does."""
     block = max(2, next_power_of_2(head_dim // 2))
     rows = max(1, TILE // block)
-    flags = {"BACK": back, "INTERLEAVED": interleaved, "EARLY": early, "launch_pdl": early}
+    flags = {"BACK": back, "INTERLEAVED": interleaved, "EARLY": early}
     return rows, Variant(_rope_kernel, **flags, ROWS=rows, HALF=block, num_warps=4)
 
 

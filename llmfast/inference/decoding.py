@@ -79,8 +79,9 @@ class Decoder:
         """At least twice as much, so that no token is copied often. The model refuses more than its context."""
         capacity, context = self.cache.capacity, self.model.config.context_length
         if capacity < n_tokens <= context:
-            self.cache.grow(min(context, max(n_tokens, 2 * capacity)))
             self._graph, self._n_single = None, 0
+            with torch.inference_mode(False):  # as the first ones were made, so that anyone may write to them
+                self.cache.grow(min(context, max(n_tokens, 2 * capacity)))
 
     def _read(self, ids: Tensor) -> Tensor:
         return self.model(ids, self.cache, last_only=True)[:, -1]

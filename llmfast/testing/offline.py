@@ -150,6 +150,10 @@ def launched(case: Case, dtype: torch.dtype, arch: int) -> list[tuple[str, Any]]
 
 
 def _resources_of(compiled: list[tuple[str, Any]], label: str, arch: int) -> list[Compiled]:
+    for name, kernel in compiled:
+        early, waits = kernel.metadata.launch_pdl, "griddepcontrol.wait" in kernel.asm["ptx"]
+        if early != waits:  # it would read what is not written yet, or wait for nothing
+            raise RuntimeError(f"{name} for {label}: launched before its predecessor ends is {early}, waits is {waits}")
     return [
         Compiled(name, label, k.metadata.num_warps, *_resources(k.asm["cubin"], arch), k.metadata.shared)
         for name, k in compiled
