@@ -93,6 +93,12 @@ def rows_apart(x: Tensor) -> tuple[Tensor, int]:
     return rows, rows.stride(0)
 
 
+def cache_limits(k_cache: Tensor, v_cache: Tensor) -> str | None:
+    """Why kernels cannot work in caches (..., D); None if they can. A copy would cost more than what they do there."""
+    apart = k_cache.shape[-1] > 1 and (k_cache.stride(-1) != 1 or v_cache.stride(-1) != 1)
+    return "needs caches with adjacent elements in their last dimension" if apart else None
+
+
 def new_like(x: Tensor) -> Tensor:
     """Memory for a tensor of x's shape and dtype, contiguous."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import await_previous, cdiv, launches_early, next_power_of_2
+from ._common import await_previous, cache_limits, cdiv, launches_early, next_power_of_2
 from ._launch import Variant
 
 BLOCK = 1024  # elements of a program of 4 warps
@@ -58,9 +58,7 @@ def append_kv_limits(
     k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor | None
 ) -> str | None:
     """Why the kernel cannot give what is asked."""
-    if k_cache.shape[3] > 1 and (k_cache.stride(3) != 1 or v_cache.stride(3) != 1):
-        return "needs caches with adjacent elements in their last dimension"
-    return None
+    return cache_limits(k_cache, v_cache)
 
 
 def append_kv_fwd(

@@ -20,6 +20,7 @@ from ._common import (
     LOG2E,
     architecture,
     await_previous,
+    cache_limits,
     cdiv,
     exponential,
     launches_early,
@@ -63,9 +64,7 @@ def decode_attention_limits(
     """Why these kernels cannot run this call; None if they can."""
     if q.shape[3] > MAX_HEAD_DIM:
         return f"supports head_dim up to {MAX_HEAD_DIM}, not {q.shape[3]}"
-    if k_cache.shape[3] > 1 and (k_cache.stride(3) != 1 or v_cache.stride(3) != 1):
-        return "needs caches with adjacent elements in their last dimension"  # a copy would cost more than the op
-    return None
+    return cache_limits(k_cache, v_cache)
 
 
 def _splits(tasks: int, n_tiles: int, max_tiles: int, processors: int) -> int:

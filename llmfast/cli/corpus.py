@@ -58,8 +58,11 @@ def open_data(source: str, vocabulary: int | AnyTokenizer, console: Console) -> 
             if not folder.exists():
                 console.print(f"preparing {source} in {folder}", highlight=False, markup=False, soft_wrap=True)
                 with console.status("") as status:
-                    show = lambda stage, fraction: status.update(f"{stage} {fraction:.0%}")  # noqa: E731
-                    make(source, folder, on_progress=show)
+                    make(
+                        source,
+                        folder,
+                        on_progress=lambda stage, fraction: status.update(f"{stage} {fraction:.0%}"),
+                    )
     try:
         return Dataset.open(folder)
     except InputError as error:

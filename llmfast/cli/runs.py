@@ -12,7 +12,7 @@ from ..errors import CheckpointError, InputError
 from ..files import exclusive
 from ..models import GPT, Config
 from ..tokenizers import AnyTokenizer, PretrainedTokenizer, load_saved
-from ..weights import Checkpoint, latest
+from ..weights import Checkpoint, latest, saved_steps
 
 RUNS = Path("runs")
 CONFIG = "config.json"
@@ -74,8 +74,7 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 def has_saved(run_dir: Path) -> bool:
     """Whether the run has weights to show, damaged or not: one killed before its first checkpoint has none."""
-    folders = (path for kind in ("best", CHECKPOINTS) for path in (run_dir / kind).glob("step-*"))
-    return any(path.suffix == "" for path in folders)  # .tmp-123 is the half of one
+    return any(saved_steps(run_dir / kind) for kind in ("best", CHECKPOINTS))
 
 
 def best_checkpoint(run_dir: Path, on_skip: Any) -> Checkpoint:

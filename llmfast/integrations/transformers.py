@@ -24,12 +24,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .. import ops
 from ..errors import InputError
 from ..nn import functional
-from ..nn.functional import autocast, fall_back
 from . import modules
 
 NAME = "llmfast"
+WINDOW = "_llmfast_window"  # what masks know
 # What our attention lacks: arguments of it, and the attributes of attention modules that hold them, None without one.
-WINDOW = "_llmfast_window"
 LACKS = {"softcap": "attn_logit_softcapping", "s_aux": "sinks"}
 
 
@@ -94,7 +93,7 @@ def attention_forward(
         causal = query.shape[2] > 1 and causal
         call = functional.plan(query, key, value, None, 0.0, causal, scaling, True, window)
     if isinstance(call, str):
-        fall_back(f"attn_implementation='{NAME}'", call, query.device.type)
+        functional.fall_back(f"attn_implementation='{NAME}'", call, query.device.type)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **options
         )
@@ -167,7 +166,7 @@ def without_logits(base: type[nn.Module]) -> modules.Forward:
         if labels is None or not self.training or not plain:
             return base.forward(self, *args, labels=labels, **options)
         outputs = self.model(*args, **options)
-        x, weight = autocast(outputs.last_hidden_state.flatten(0, -2), self.lm_head.weight)
+        x, weight = functional.autocast(outputs.last_hidden_state.flatten(0, -2), self.lm_head.weight)
         items, ignored = options.get("num_items_in_batch"), options.get("ignore_index", -100)
         targets = _targets(labels, ignored, options.get("shift_labels")).to(x.device)
         reduction = "mean" if items is None else "sum"

@@ -1,6 +1,6 @@
 """Weights on disk: checkpoints of runs, and models in Hugging Face's format."""
 
-from .checkpoint import Checkpoint, latest, load, save
+from .checkpoint import Checkpoint, latest, load, save, saved_steps
 from .pretrained import PretrainedGPT, Source, family_of, from_pretrained, save_pretrained
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "load",
     "save",
     "save_pretrained",
+    "saved_steps",
 ]

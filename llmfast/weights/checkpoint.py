@@ -59,7 +59,7 @@ def save(root: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: di
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        steps = _steps(root)
+        steps = saved_steps(root)
         kept = [n for n in steps if n <= step][-keep:]
         for n in steps:
             if n not in kept:
@@ -98,7 +98,7 @@ def latest(root: Path, on_skip: Callable[[str], None]) -> Checkpoint:
     For every damaged one that is passed over, `on_skip` gets a line that names its fault. Raises CheckpointError if
     none is left.
     """
-    steps = _steps(root) if root.is_dir() else []
+    steps = saved_steps(root)
     for step in reversed(steps):
         try:
             return load(root / f"step-{step}")
@@ -107,9 +107,10 @@ def latest(root: Path, on_skip: Callable[[str], None]) -> Checkpoint:
     raise CheckpointError(f"{root}: holds no {'undamaged ' if steps else ''}checkpoint; start a new run")
 
 
-def _steps(root: Path) -> list[int]:
-    """The steps of the checkpoints under `root`, ascending."""
-    return sorted(int(match[1]) for p in root.iterdir() if (match := _COMPLETE.fullmatch(p.name)))
+def saved_steps(root: Path) -> list[int]:
+    """The steps of the checkpoints under `root`, damaged or not, ascending; none where there is no such folder."""
+    names = [path.name for path in root.iterdir()] if root.is_dir() else []
+    return sorted(int(match[1]) for name in names if (match := _COMPLETE.fullmatch(name)))
 
 
 def _write_files(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:

@@ -79,11 +79,7 @@ class AttentionCase(Defaults):
             mask = visible.tril(self.n_keys - self.n_queries)
             mask = mask.triu(self.n_keys - self.n_queries - self.window + 1) if self.window else mask
         if self.softcap:
-            k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
-            scores = self.softcap * torch.tanh(q @ k.transpose(-1, -2) * scale / self.softcap)
-            scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
-            probabilities = torch.softmax(scores, -1)
-            return ((probabilities if mask is None else probabilities.masked_fill(~mask, 0.0)) @ v).transpose(1, 2)
+            return _capped_attention(q, k, v, mask, scale, self.softcap).transpose(1, 2)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=self.causal and mask is None, scale=scale,
             enable_gqa=self.heads != self.kv_heads,
@@ -103,6 +99,16 @@ class AttentionCase(Defaults):
         flops *= (0.5 if self.causal else 1.0) * (1.0 if direction == "fwd" else 2.5)
         elements = sum(math.prod(shape) for shape in self.inputs.values()) + math.prod(self.inputs["q"])
         return Work(float(elements * itemsize * (1 if direction == "fwd" else 2)), flops)
+
+
+def _capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
+    """F.scaled_dot_product_attention of capped scores, written out: (B, H, Tq, D) and (B, Hkv, Tk, D) -> as q. What the
+    mask leaves without a key gives zeros."""
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+    scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * scale / softcap)
+    if mask is None:
+        return torch.softmax(scores, -1) @ v
+    return torch.softmax(scores.masked_fill(~mask, float("-inf")), -1).masked_fill(~mask, 0.0) @ v
 
 
 @functools.cache
@@ -289,11 +295,7 @@ class DecodeAttentionCase(Defaults):
             caches = [cache.masked_fill((key >= lengths)[..., None, None], 0.0) for cache in caches]
         qh, kh, vh = (t.transpose(1, 2) for t in (q, *caches))
         if self.softcap:
-            assert mask is not None
-            kh, vh = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (kh, vh))
-            scores = self.softcap * torch.tanh(qh @ kh.transpose(-1, -2) * self.head_dim**-0.5 / self.softcap)
-            out = torch.softmax(scores.masked_fill(~mask, float("-inf")), -1) @ vh
-            return out.where(mask.any(-1, keepdim=True), 0.0).transpose(1, 2)
+            return _capped_attention(qh, kh, vh, mask, self.head_dim**-0.5, self.softcap).transpose(1, 2)
         out = F.scaled_dot_product_attention(qh, kh, vh, attn_mask=mask, enable_gqa=self.heads != self.kv_heads)
         return (out if mask is None else out.where(mask.any(-1, keepdim=True), 0.0)).transpose(1, 2)
 
