@@ -127,14 +127,9 @@ def append_kv_(
     gradient.
     """
     args = arguments.append_kv(k_cache, v_cache, k, v, lengths, block_table=block_table)
-    kernels = registry.choose("append_kv", backend, args)
-    with torch.no_grad(), torch.cuda.device_of(k_cache):
-        if kernels is None:
-            reference.append_kv(*args)
-            return
-        for cache in (k_cache, v_cache):  # autograd, which kernels do not tell, refuses to go back to what it held
-            torch.autograd.graph.increment_version(cache)
-        kernels.append_kv_fwd(*args)
+    _run_in_place("append_kv", backend, args)
+    # Autograd, which kernels do not tell, then refuses to go back to what the caches held.
+    torch.autograd.graph.increment_version((k_cache, v_cache))
 
 
 def attention_varlen(
@@ -354,9 +349,7 @@ def adamw_(
     settings = {"learning_rate": learning_rate, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     tensors = parameters, grads, exp_avgs, exp_avg_sqs, copies
     args = arguments.adamw(*tensors, step=step, grad_scale=grad_scale, **settings)
-    kernels = registry.choose("adamw", backend, args)
-    with torch.no_grad():
-        (reference.adamw if kernels is None else kernels.adamw_fwd)(*args)
+    _run_in_place("adamw", backend, args)
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> str:
@@ -381,3 +374,10 @@ def run(op: str, backend: str | None, args: tuple[Any, ...]) -> Any:
         return autograd.apply(op, kernels, args)
     with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be the tensors'
         return autograd.apply(op, kernels, args)
+
+
+def _run_in_place(op: str, backend: str | None, args: tuple[Any, ...]) -> None:
+    """As `run`, an op that gives nothing and is not differentiated."""
+    kernels = registry.choose(op, backend, args)
+    with torch.no_grad(), torch.cuda.device_of(registry.first_tensor(args)):
+        (getattr(reference, op) if kernels is None else getattr(kernels, f"{op}_fwd"))(*args)

@@ -150,13 +150,13 @@ def _limits(op: str, module: str) -> Callable[..., str | None] | None:
     return getattr(_load(module), f"{op}_limits", None)
 
 
-def _first(args: tuple[Any, ...]) -> Tensor:
+def first_tensor(args: tuple[Any, ...]) -> Tensor:
     """The tensor that stands for all: the first, or the first of the first list."""
     return args[0] if isinstance(args[0], Tensor) else args[0][0]
 
 
 def _why_not(op: str, row: Backend, args: tuple[Any, ...]) -> str | None:
-    x = _first(args)
+    x = first_tensor(args)
     device = x.device.type
     interpreted = row.name == "triton" and device == "cpu" and environment.triton_interpreted()
     reason = _unfit(row, device, x.dtype, interpreted)
@@ -190,7 +190,7 @@ def _in_order(
 
 
 def _tried(op: str, direction: Direction, args: tuple[Any, ...]) -> list[Backend]:
-    x = _first(args)
+    x = first_tensor(args)
     length = x.shape[-1] if x.dim() else 1
     # A size that torch.compile keeps open cannot be hashed; compared, it only adds a guard.
     in_order = _in_order if type(length) is int else _in_order.__wrapped__
