@@ -52,9 +52,9 @@ def _attention(direction: str, head_dim: int, *tiles: tuple[int, int, int, int])
 
 SEARCHES: dict[str, Search] = {
     "fp8_linear": Search(
-        "fp8_linear", "TILE", (),
+        "_fp8", "TILE", (),
         [{"ROWS": r, "COLS": c, "num_warps": w} for r, c, w in (
-            (128, 64, 8), (64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 128, 8), (256, 64, 8), (128, 32, 4),
+            (128, 64, 8), (128, 64, 4), (64, 128, 4), (64, 128, 8), (128, 128, 8), (256, 64, 8), (128, 32, 4),
         )],
         [Fp8LinearCase(65536, 768, 3072), Fp8LinearCase(16384, 4096, 4096)],
     ),

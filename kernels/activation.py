@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import (
+    LOG2E,
     await_previous,
     cdiv,
     exponential,
@@ -33,11 +34,22 @@ TILE, GATED_TILE, SUMMED_TILE = 4096, 2048, 1024
 
 @triton.jit
 def _sigmoid(x, EXACT: tl.constexpr):
-    """(s, s (1 - s)), s the sigmoid of x: from e^-|x|, which cannot overflow, and without a difference from 1."""
-    e = exponential(-tl.abs(x), EXACT)
-    larger = tl.div_rn(1.0, 1.0 + e) if EXACT else 1.0 / (1.0 + e)
-    smaller = e * larger
-    return tl.where(x >= 0, larger, smaller), larger * smaller
+    """(s, s (1 - s)), s the sigmoid of x. EXACT: from e^-|x|, which cannot overflow, and without a difference from 1,
+    whose error of 6e-8 is nothing to 16 bits."""
+    if EXACT:
+        e = exponential(-tl.abs(x), EXACT)
+        larger = tl.div_rn(1.0, 1.0 + e)
+        smaller = e * larger
+        return tl.where(x >= 0, larger, smaller), larger * smaller
+    s = _logistic(x * LOG2E)
+    return s, s * (1.0 - s)
+
+
+@triton.jit
+def _logistic(x):
+    """1 / (1 + 2^-x) for 16-bit results, by the square of a root: a division takes ten instructions."""
+    root = tl.rsqrt(1.0 + tl.exp2(-x))
+    return root * root
 
 
 @triton.jit
@@ -54,11 +66,11 @@ def _normal_cdf(x):
     p = p * t - 2.28392837e-4
     p = p * t + 7.30593101e-2
     p = p * t + 1.59550194
-    return 1.0 / (1.0 + tl.exp2(x * p * -1.4426950408889634))
+    return _logistic(x * p * LOG2E)
 
 
 @triton.jit
-def _activation(x, KIND: tl.constexpr, EXACT: tl.constexpr):
+def activation_and_slope(x, KIND: tl.constexpr, EXACT: tl.constexpr):
     """(act(x), act'(x)); KIND: "erf" and "tanh" of GELU, "silu"."""
     if KIND == "erf":
         if EXACT:
@@ -68,9 +80,13 @@ def _activation(x, KIND: tl.constexpr, EXACT: tl.constexpr):
         density = 0.3989422804014327 * exponential(-0.5 * x * x, EXACT)
         return x * phi, phi + x * density
     if KIND == "tanh":  # (1 + tanh(z / 2)) / 2 is the sigmoid of z = sqrt(8 / pi) (x + 0.044715 x^3)
-        s, slope = _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x), EXACT)
-        slope = tl.where(slope == 0.0, 0.0, slope * 1.5957691216057308 * (1.0 + 0.134145 * x * x))  # not 0 times inf
-        return x * s, s + x * slope
+        if EXACT:
+            s, slope = _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x), EXACT)
+            slope = tl.where(slope == 0.0, 0.0, slope * 1.5957691216057308 * (1.0 + 0.134145 * x * x))  # no 0 times inf
+            return x * s, s + x * slope
+        t = tl.minimum(x * x, 1e6)  # past |x| = 1000 the sigmoid is 0 or 1, and its slope 0 is not to meet an infinity
+        s, slope = _sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * t), EXACT)
+        return x * s, s + x * (slope * (1.5957691216057308 + 0.21406444881780076 * t))
     s, slope = _sigmoid(x, EXACT)
     return x * s, s + x * slope
 
@@ -92,7 +108,7 @@ def _activation_fwd_kernel(
     x = tl.load(X + row * x_stride + col, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         x += tl.load(Bias + col, mask=col < n_cols, other=0.0).to(tl.float32)
-    y, _ = _activation(x, KIND, EXACT)
+    y, _ = activation_and_slope(x, KIND, EXACT)
     if GATED:
         y *= tl.load(Up + row * up_stride + col, mask=inside, other=0.0).to(tl.float32)
     tl.store(Y + row * n_cols + col, y.to(Y.dtype.element_ty), mask=inside)
@@ -125,7 +141,7 @@ def _activation_bwd_kernel(
         inside = (row < n_rows) & (col < n_cols)
         dy = tl.load(DY + row * dy_stride + col, mask=inside, other=0.0).to(tl.float32)
         x = tl.load(X + row * x_stride + col, mask=inside, other=0.0).to(tl.float32) + bias
-        y, slope = _activation(x, KIND, EXACT)
+        y, slope = activation_and_slope(x, KIND, EXACT)
         if GATED:
             up = tl.load(Up + row * up_stride + col, mask=inside, other=0.0).to(tl.float32)
             tl.store(DUp + row * n_cols + col, (dy * y).to(DX.dtype.element_ty), mask=inside)
@@ -257,14 +273,14 @@ def geglu_bwd(dy: Tensor, gate: Tensor, up: Tensor, approximate: str) -> tuple[T
 
 def activation_fwd(x: Tensor, bias: Tensor | None, up: Tensor | None, activation: str) -> Tensor:
     """x, up: (..., N); bias: (N,) -> act(x + bias) * up, contiguous; activation: "silu", "gelu" or "gelu_tanh"."""
-    return _forward(x, bias, up, _KINDS[activation])
+    return _forward(x, bias, up, KINDS[activation])
 
 
 def activation_bwd_with_result(
     dy: Tensor, x: Tensor, bias: Tensor | None, up: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """-> dx, dup, contiguous, and dbias (N,) float32. dy, which must be contiguous, becomes act(x + bias) * up."""
-    return _backward(dy, x, bias, up, _KINDS[activation], result=dy)
+    return _backward(dy, x, bias, up, KINDS[activation], result=dy)
 
 
-_KINDS = {"silu": "silu", "gelu": "erf", "gelu_tanh": "tanh"}
+KINDS = {"silu": "silu", "gelu": "erf", "gelu_tanh": "tanh"}

@@ -82,7 +82,7 @@ def _loss_of_row(
 
 
 @triton.jit
-def _gradient(
+def loss_gradient(
     x, col, target, m, s, g, n_classes, smoothing, z_loss, EXACT: tl.constexpr, PADDED: tl.constexpr
 ):  # fmt: skip
     """That of a row's logits x in columns col, for an upstream gradient g; m and s are the row's maximum and sum. 0 in
@@ -147,7 +147,7 @@ def _cross_entropy_fwd_bwd_kernel(
     for i in range(0, blocks):
         col = (blocks - 1 - i) * BLOCK + element  # what was read last is the likeliest to be in a cache yet
         x = tl.load(X + col, mask=col < n_cols, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        dx = _gradient(
+        dx = loss_gradient(
             x, col, target, row_max, row_sum, 1.0, n_classes, smoothing, z_loss,
             X.dtype.element_ty == tl.float32, PADDED,
         )  # fmt: skip
@@ -186,7 +186,7 @@ def _cross_entropy_bwd_kernel(
     g = tl.load(Grad + row * grad_stride).to(tl.float32)
     if MEAN:
         g = tl.div_rn(g, tl.load(Count))
-    dx = _gradient(
+    dx = loss_gradient(
         x, col, target, tl.load(Maxima + row), tl.load(Sums + row), g, n_classes, smoothing, z_loss,
         X.dtype.element_ty == tl.float32, PADDED,
     )  # fmt: skip

@@ -140,7 +140,8 @@ def memory_bytes(plan: Plan) -> int:
 
     16 bytes a parameter (float32 weight, gradient and AdamW's two moments), 4 more where batches are added up; what
     the blocks keep for the backward pass, all of them or, with activation checkpointing, one and the others' inputs;
-    and the logits, which their gradient replaces, or a chunk of them and the head's gradient in float32.
+    and the logits, which their gradient replaces, or a chunk of them and the head's gradient in float32. In 8 bits
+    there is always a chunk, of which the gradient is kept twice, and the head's gradient of each chunk.
     """
     model, training, size = plan.model, plan.training, DTYPES[plan.dtype].itemsize
     tokens = training.batch_size * training.context
@@ -149,19 +150,22 @@ def memory_bytes(plan: Plan) -> int:
     if training.activation_checkpointing:
         kept = _kept(model, size, training.fp8) + model.n_layer * 2 * model.d_model * size
     logits = tokens * model.vocab_size * size
-    if logits > MAX_LOGITS and not model.logit_softcap:
-        logits = logits // 8 + 4 * model.vocab_size * model.d_model
+    head = model.vocab_size * model.d_model
+    if training.fp8 and not model.logit_softcap:
+        logits = logits // 8 + tokens * model.vocab_size // 4 + head * (8 * size + 4)
+    elif logits > MAX_LOGITS and not model.logit_softcap:
+        logits = logits // 8 + 4 * head
     return parameters + tokens * kept + logits
 
 
 def _kept(model: Config, size: int, fp8: bool) -> int:
     """Bytes a token that a block keeps for the backward pass, in values of `size` bytes: two sums and their norms; q,
     k, v and what attention makes of them; gate and up; and dropout's two masks. fp8: in place of the norms, the inputs
-    of all four layers, in 8 bits."""
+    of three layers, in 8 bits."""
     q_width = model.n_head * model.head_dim
     values = 2 * model.d_model + 2 * q_width + 2 * model.n_kv_head * model.head_dim
     values += (2 if model.gated else 1) * model.d_mlp
-    inputs = 2 * model.d_model + q_width + model.d_mlp if fp8 else 2 * model.d_model * size
+    inputs = 2 * model.d_model + q_width if fp8 else 2 * model.d_model * size
     return values * size + inputs + (2 * model.d_model if model.dropout else 0)
 
 

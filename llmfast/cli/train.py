@@ -97,9 +97,7 @@ def train(
     activation_checkpointing: Annotated[
         bool, typer.Option("--activation-checkpointing", help="Less memory for more time: run blocks twice.")
     ] = False,
-    fp8: Annotated[
-        bool, typer.Option("--fp8", help="Products of 8-bit floats in the blocks: faster, less exact.")
-    ] = False,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Matrix products of 8-bit floats: faster, less exact.")] = False,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="The same bits each time.")] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write records for TensorBoard.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would cost, and exit.")] = False,

@@ -27,8 +27,9 @@ class GPT(nn.Module):
     `compute_dtype`, too: as each is rounded to it before use, no result depends on that.
 
     Where `activation_checkpointing` is set, only what goes into a block is kept for the backward pass, which runs the
-    block once more, to the same bits. After `set_fp8`, the blocks' matrix products of training are of 8-bit floats
-    (`ops.fp8_linear`); without gradients, as for evaluation, nothing changes.
+    block once more, to the same bits. After `set_fp8`, the matrix products of training are of 8-bit floats
+    (`ops.fp8_linear` and its like; the head's not if its logits are capped); without gradients, as for evaluation,
+    nothing changes.
     """
 
     rotary: Tensor | None
@@ -116,6 +117,9 @@ class GPT(nn.Module):
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of predicting targets (B, T) from ids (B, T); -100 in targets is left out."""
         config, targets = self.config, targets.flatten()
+        if self.fp8 and torch.is_grad_enabled() and not config.logit_softcap:
+            x = self._hidden(ids).flatten(0, 1)
+            return ops.fp8_linear_cross_entropy(x, self._head_weight(x), targets)
         if ids.numel() * config.vocab_size * self.compute_dtype.itemsize <= MAX_LOGITS or config.logit_softcap:
             return ops.cross_entropy(self(ids).flatten(0, 1), targets, in_place=True)
         x = self._hidden(ids).flatten(0, 1)

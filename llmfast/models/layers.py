@@ -22,11 +22,6 @@ class Linear(nn.Linear):
         layer = ops.fp8_linear if self.in_fp8() else ops.linear
         return layer(input, self.weight.to(input.dtype), _parameter(self.bias, input))
 
-    def product(self, input: Tensor) -> Tensor:
-        """Without the bias."""
-        layer = ops.fp8_linear if self.in_fp8() else ops.linear
-        return layer(input, self.weight.to(input.dtype))
-
     def in_fp8(self) -> bool:
         return self.fp8 and torch.is_grad_enabled()
 
@@ -125,18 +120,15 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         activation: Any = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}.get(self.kind, self.kind)
+        down = self.down.weight.to(x.dtype), _parameter(self.down.bias, x)
+        if self.up.in_fp8():
+            up = self.up.weight.to(x.dtype), _parameter(self.up.bias, x)
+            return ops.fp8_mlp(x, *up, *down, activation=activation)
         if self.kind in ("gelu", "gelu_tanh"):
-            h, up, bias = self.up.product(x), None, _parameter(self.up.bias, x)
+            h, up, bias = ops.linear(x, self.up.weight.to(x.dtype)), None, _parameter(self.up.bias, x)
         else:
             (h, up), bias = self.up(x).chunk(2, dim=-1), None
-        if not self.down.in_fp8():
-            down = self.down.weight.to(x.dtype), _parameter(self.down.bias, x)
-            return ops.activation_linear(h, *down, up=up, x_bias=bias, activation=activation)
-        # Apart, as what the activation gives takes but a byte to keep for the backward pass.
-        approximate: Any = "tanh" if activation == "gelu_tanh" else "none"
-        if up is None:
-            return self.down(ops.bias_gelu(h, bias, approximate=approximate))
-        return self.down(ops.swiglu(h, up) if activation == "silu" else ops.geglu(h, up, approximate=approximate))
+        return ops.activation_linear(h, *down, up=up, x_bias=bias, activation=activation)
 
 
 def _parameter(p: Tensor | None, x: Tensor) -> Tensor | None:

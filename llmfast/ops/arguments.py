@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .checks import (
+    check_activation,
     check_alike,
     check_approximate,
     check_attention,
@@ -194,9 +195,35 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Any, 
 
 def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Any, ...]:
     check_linear("fp8_linear", "x", x, weight, bias)
-    if weight.shape[0] % 16 or weight.shape[1] % 16 or 0 in weight.shape:
-        raise InputError(f"fp8_linear: weight is {tuple(weight.shape)}; both must be multiples of 16, and not 0")
+    _check_fp8("fp8_linear", weight=weight)
     return x, weight, bias
+
+
+def _check_fp8(op: str, **weights: Tensor) -> None:
+    for name, weight in weights.items():
+        if weight.shape[0] % 16 or weight.shape[1] % 16 or 0 in weight.shape:
+            raise InputError(f"{op}: {name} is {tuple(weight.shape)}; both must be multiples of 16, and not 0")
+
+
+def fp8_mlp(
+    x: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    *,
+    activation: str = "gelu",
+) -> tuple[Any, ...]:
+    op = "fp8_mlp"
+    check_linear(op, "x", x, up, up_bias, ("up", "up_bias"))
+    check_float(op, x=x, down=down)
+    if down.dim() != 2 or up.shape[0] not in (down.shape[1], 2 * down.shape[1]):
+        shapes = f"up is {tuple(up.shape)} and down {tuple(down.shape)}"
+        raise InputError(f"{op}: {shapes}; they must be (F, N), or gated (2 F, N), and (M, F)")
+    check_linear(op, "x", x.new_empty((0, down.shape[1])), down, down_bias, ("down", "down_bias"))
+    _check_fp8(op, up=up, down=down)
+    check_activation(op, activation)
+    return x, up, up_bias, down, down_bias, activation
 
 
 def activation_linear(
@@ -213,8 +240,7 @@ def activation_linear(
     check_rows(op, x, x_bias=x_bias)
     if up is not None:
         check_alike(op, x=x, up=up)
-    if activation not in ("silu", "gelu", "gelu_tanh"):
-        raise InputError(f"{op}: activation is {activation!r}; it must be 'silu', 'gelu' or 'gelu_tanh'")
+    check_activation(op, activation)
     return x, x_bias, up, weight, bias, activation
 
 
@@ -272,12 +298,31 @@ def linear_cross_entropy(
 ) -> tuple[Any, ...]:
     op = "linear_cross_entropy"
     check_linear(op, "x", x, weight, bias)
+    _check_targets(op, x, targets)
+    check_loss(op, label_smoothing, z_loss, reduction)
+    return x, weight, targets, bias, ignore_index, float(label_smoothing), float(z_loss), reduction
+
+
+def _check_targets(op: str, x: Tensor, targets: Tensor) -> None:
     check_kind(op, "targets", targets, torch.int64, x.device)
     if x.dim() != 2 or targets.shape != x.shape[:1]:
         shapes = f"x is {tuple(x.shape)} and targets {tuple(targets.shape)}"
         raise InputError(f"{op}: {shapes}; they must be (N, D) and (N,)")
-    check_loss(op, label_smoothing, z_loss, reduction)
-    return x, weight, targets, bias, ignore_index, float(label_smoothing), float(z_loss), reduction
+
+
+def fp8_linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
+) -> tuple[Any, ...]:
+    op = "fp8_linear_cross_entropy"
+    check_linear(op, "x", x, weight, None)
+    _check_targets(op, x, targets)
+    if weight.shape[1] % 16 or 0 in weight.shape:
+        raise InputError(
+            f"{op}: weight is {tuple(weight.shape)}; it must be (V, D), D a multiple of 16, none of them 0"
+        )
+    if reduction not in ("mean", "sum"):
+        raise InputError(f"{op}: reduction is {reduction!r}; it must be 'mean' or 'sum'")
+    return x, weight, targets, ignore_index, reduction
 
 
 def embedding(weight: Tensor, tokens: Tensor, *, padding_idx: int | None = None) -> tuple[Any, ...]:
@@ -349,10 +394,12 @@ ARGUMENTS = {
     "geglu": geglu,
     "linear": linear,
     "fp8_linear": fp8_linear,
+    "fp8_mlp": fp8_mlp,
     "activation_linear": activation_linear,
     "rope": rope,
     "cross_entropy": cross_entropy,
     "linear_cross_entropy": linear_cross_entropy,
+    "fp8_linear_cross_entropy": fp8_linear_cross_entropy,
     "embedding": embedding,
     "append_kv": append_kv,
     "adamw": adamw,

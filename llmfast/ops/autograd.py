@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import reference
+from .autograd_fp8 import Fp8Linear, Fp8LinearCrossEntropy, Fp8MLP
 
 
 class Softmax(torch.autograd.Function):
@@ -160,34 +161,14 @@ class GEGLU(torch.autograd.Function):
 class Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernels: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not isinstance(ctx, _NoContext):
-            ctx.kernels = kernels
-            ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, weight)
+        ctx.kernels = kernels
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, weight)
         return kernels.linear_fwd(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return None, *ctx.kernels.linear_bwd(grad_outputs[0], *ctx.saved_tensors, ctx.needs_input_grad[1:])
-
-
-class Fp8Linear(torch.autograd.Function):
-    """Keeps x and weight as the products of the gradients take them: of 8 bits, transposed."""
-
-    @staticmethod
-    def forward(ctx: Any, kernels: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if isinstance(ctx, _NoContext):
-            return kernels.fp8_linear_fwd(x, weight, bias)
-        out, *saved = kernels.fp8_linear_kept(x, weight, bias, ctx.needs_input_grad[1:])
-        ctx.kernels, ctx.shape = kernels, tuple(weight.shape)
-        ctx.save_for_backward(*saved)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        options = ctx.shape, ctx.needs_input_grad[1:]
-        return None, *ctx.kernels.fp8_linear_bwd(grad_outputs[0], *ctx.saved_tensors, *options)
 
 
 class ActivationLinear(torch.autograd.Function):
@@ -263,9 +244,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         *options: Any,
     ) -> Tensor:
-        if isinstance(ctx, _NoContext):
-            return kernels.linear_cross_entropy_fwd(x, weight, targets, bias, *options)
         needs = tuple(ctx.needs_input_grad[i] for i in (1, 2, 4))
+        if not any(needs):
+            return kernels.linear_cross_entropy_fwd(x, weight, targets, bias, *options)
         loss, *saved = kernels.linear_cross_entropy_gradients(x, weight, targets, bias, *options, needs)
         ctx.kernels, ctx.n_options, ctx.reduction = kernels, len(options), options[-1]
         ctx.dtypes = [x.dtype, weight.dtype, x.dtype if bias is None else bias.dtype]
@@ -380,16 +361,20 @@ FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
     "geglu": GEGLU,
     "linear": Linear,
     "fp8_linear": Fp8Linear,
+    "fp8_mlp": Fp8MLP,
     "activation_linear": ActivationLinear,
     "rope": RoPE,
     "cross_entropy": CrossEntropy,
     "linear_cross_entropy": LinearCrossEntropy,
+    "fp8_linear_cross_entropy": Fp8LinearCrossEntropy,
     "embedding": Embedding,
 }
 
 
 class _NoContext:
     """Stands for autograd's context where nothing will be differentiated."""
+
+    needs_input_grad = (False,) * 16
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         pass

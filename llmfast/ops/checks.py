@@ -50,6 +50,11 @@ def check_approximate(op: str, approximate: str) -> None:
         raise InputError(f"{op}: approximate is {approximate!r}; it must be 'none' or 'tanh'")
 
 
+def check_activation(op: str, activation: str) -> None:
+    if activation not in ("silu", "gelu", "gelu_tanh"):
+        raise InputError(f"{op}: activation is {activation!r}; it must be 'silu', 'gelu' or 'gelu_tanh'")
+
+
 def check_residual(op: str, x: Tensor, residual: Tensor) -> None:
     check_float(op, x=x, residual=residual)
     if residual.shape != x.shape or residual.dtype is not x.dtype:
@@ -120,16 +125,20 @@ def check_cache(op: str, batch: int, k_cache: Tensor, lengths: Tensor | None, bl
         )
 
 
-def check_linear(op: str, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_linear(
+    op: str, name: str, x: Tensor, weight: Tensor, bias: Tensor | None, called: tuple[str, str] = ("weight", "bias")
+) -> None:
     """weight is (M, N) and bias (M,) or None for x of (..., N), of one dtype, which for the bias may be float32, too;
     `name` is what x is called."""
-    layer = {"weight": weight} | ({} if bias is None else {"bias": bias})
+    weight_name, bias_name = called
+    layer = {weight_name: weight} | ({} if bias is None else {bias_name: bias})
     check_float(op, **{name: x}, **layer)
     if x.dim() == 0 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        shapes = f"{name} is {tuple(x.shape)} and weight {tuple(weight.shape)}"
+        shapes = f"{name} is {tuple(x.shape)} and {weight_name} {tuple(weight.shape)}"
         raise InputError(f"{op}: {shapes}; they must be (..., N) and (M, N)")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise InputError(f"{op}: bias has shape {tuple(bias.shape)}; it must be ({weight.shape[0]},), as weight's rows")
+        must = f"({weight.shape[0]},), as {weight_name}'s rows"
+        raise InputError(f"{op}: {bias_name} has shape {tuple(bias.shape)}; it must be {must}")
     for other, t in layer.items():
         if t.dtype is not x.dtype and (t is weight or t.dtype is not torch.float32):
             raise InputError(f"{op}: {other} has dtype {t.dtype} but {name} {x.dtype}; cast them to one dtype")

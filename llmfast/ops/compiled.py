@@ -28,8 +28,11 @@ _SCHEMA_TYPES = {
     float: "float",
     str: "str",
     torch.dtype: "ScalarType",
+    tuple[bool, bool]: "bool[2]",
     tuple[bool, bool, bool]: "bool[3]",
+    tuple[bool, bool, bool, bool, bool]: "bool[5]",
     tuple[int, int]: "SymInt[2]",
+    tuple[int, int, int, int]: "SymInt[4]",
 }
 
 
@@ -93,6 +96,23 @@ def _fp8(x: Tensor, *shape: Any) -> Tensor:
     return x.new_empty(shape, dtype=torch.float8_e4m3fn)
 
 
+def _fp8_mlp_kept(x: Tensor, up: Tensor, _: Any, down: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    needs, n_rows, (n_out, n_cols) = options[-1], math.prod(x.shape[:-1]), down.shape
+    behind, padded = any(needs[:4]), (n_rows + 15) // 16 * 16
+    return (
+        x.new_empty((*x.shape[:-1], n_out)),
+        _fp8(x, x.shape[-1], padded if needs[1] else 0),
+        _fp8(x, up.shape[1], up.shape[0] if needs[0] else 0),
+        _fp8(x, n_cols, n_out if behind else 0),
+        x.new_empty((n_rows, up.shape[0]) if behind else 0),
+        *(_float(x) for _ in range(5)),
+    )
+
+
+def _scaled_gradient(grad: Tensor, count: Tensor, gradient: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
+    return gradient.new_empty(gradient.shape, dtype=dtype)
+
+
 def _per_row(x: Tensor) -> Tensor:
     return _float(x, math.prod(x.shape[:-1]))
 
@@ -146,6 +166,15 @@ _RESULTS: dict[str, Callable[..., Any]] = {
         dout.new_empty(shape) if needs[1] else None,
         _float(dout, shape[0]) if needs[2] else None,
     ),
+    "fp8_mlp_fwd": lambda x, up, up_bias, down, *_: x.new_empty((*x.shape[:-1], down.shape[0])),
+    "fp8_mlp_kept": _fp8_mlp_kept,
+    "fp8_mlp_bwd": lambda dout, *args: (
+        dout.new_empty((*dout.shape[:-1], args[-2][1])) if args[-1][0] else None,
+        dout.new_empty(args[-2][:2]) if args[-1][1] else None,
+        _float(dout, args[-2][0]) if args[-1][2] else None,
+        dout.new_empty(args[-2][2:]) if args[-1][3] else None,
+        _float(dout, args[-2][2]) if args[-1][4] else None,
+    ),
     "rope_fwd": lambda x, *_: _like(x),
     "rope_bwd": lambda dy, *_: _like(dy),
     "cross_entropy_fwd": lambda logits, targets, ignore_index, smoothing, z_loss, reduction, *_: (
@@ -162,9 +191,15 @@ _RESULTS: dict[str, Callable[..., Any]] = {
         _float(x, *weight.shape) if options[-1][1] else None,
         _float(x, weight.shape[0]) if options[-1][2] else None,
     ),
-    "linear_cross_entropy_bwd": lambda grad, count, gradient, reduction, dtype: gradient.new_empty(
-        gradient.shape, dtype=dtype
+    "linear_cross_entropy_bwd": _scaled_gradient,
+    "fp8_linear_cross_entropy_fwd": lambda x, *_: _float(x),
+    "fp8_linear_cross_entropy_gradients": lambda x, weight, *options: (
+        _float(x),
+        _float(x),
+        _like(x) if options[-1][0] else None,
+        _float(x, *weight.shape) if options[-1][1] else None,
     ),
+    "fp8_linear_cross_entropy_bwd": _scaled_gradient,
     "embedding_bwd": lambda dy, weight, *_: _like(weight),
     "attention_fwd": lambda q, *_: (_like(q), _float(q, 2, q.shape[0], q.shape[2], q.shape[1])),
     "attention_varlen_fwd": lambda q, *_: (_like(q), _float(q, 2, q.shape[1], q.shape[0])),

@@ -241,6 +241,27 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend
     return run("fp8_linear", backend, arguments.fp8_linear(x, weight, bias))
 
 
+def fp8_mlp(
+    x: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    *,
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "gelu",
+    backend: str | None = None,
+) -> Tensor:
+    """Two `fp8_linear` with an activation between: act(h) @ down^T + down_bias of h = x @ up^T + up_bias, or, where up
+    is twice as wide as down takes, of h in two halves: act(first) * second. The gradient of h is scaled by a bound on
+    its largest magnitude in that one's place, which wastes some of e5m2's smallest numbers.
+
+    x: (..., N); up: (F or 2 F, N); down: (M, F); biases: (F or 2 F,) and (M,), of x's dtype or float32 -> (..., M). N,
+    F and M must be multiples of 16.
+    """
+    args = arguments.fp8_mlp(x, up, up_bias, down, down_bias, activation=activation)
+    return run("fp8_mlp", backend, args)
+
+
 def activation_linear(
     x: Tensor,
     weight: Tensor,
@@ -315,6 +336,24 @@ def linear_cross_entropy(
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
     args = arguments.linear_cross_entropy(x, weight, targets, bias, reduction=reduction, **options)
     return run("linear_cross_entropy", backend, args)
+
+
+def fp8_linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: Literal["mean", "sum"] = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """`linear_cross_entropy` by products of 8-bit floats, rounded as those of `fp8_linear`. The gradient of the logits
+    is rounded before it is divided by the number of targets or multiplied by what comes in.
+
+    x: (N, D), D a multiple of 16; weight: (V, D), of any V, of one dtype; targets: (N,) int64.
+    """
+    args = arguments.fp8_linear_cross_entropy(x, weight, targets, ignore_index=ignore_index, reduction=reduction)
+    return run("fp8_linear_cross_entropy", backend, args)
 
 
 def embedding(weight: Tensor, tokens: Tensor, *, padding_idx: int | None = None, backend: str | None = None) -> Tensor:

@@ -256,14 +256,29 @@ def _held(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     return ((h * scale).float().to(dtype).to(h.dtype) / scale).to(x.dtype)
 
 
+def fp8_mlp(
+    x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, activation: str
+) -> Tensor:
+    """fp8_linear of act(h), or of act(first half of h) * second half, h = fp8_linear of x; both rounded to x's dtype.
+    x: (..., N); up: (F or 2 F, N); down: (M, F)."""
+    h = fp8_linear(x, up, up_bias)
+    first, second = (h, None) if up.shape[0] == down.shape[1] else h.chunk(2, dim=-1)
+    return fp8_linear(_activated(first, second, activation).to(x.dtype), down, down_bias)
+
+
+def _activated(x: Tensor, up: Tensor | None, activation: str) -> Tensor:
+    """act(x) * up in the accumulation dtype."""
+    h = x.to(_accumulation_dtype(x))
+    y = F.silu(h) if activation == "silu" else F.gelu(h, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return y if up is None else y * up.to(h.dtype)
+
+
 def activation_linear(
     x: Tensor, x_bias: Tensor | None, up: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str
 ) -> Tensor:
     """(act(x + x_bias) * up) @ weight^T + bias. x, up: (..., N); x_bias: (N,); weight: (M, N); bias: (M,)."""
     acc = _accumulation_dtype(x)
-    h = x.to(acc) if x_bias is None else x.to(acc) + x_bias.to(acc)
-    y = F.silu(h) if activation == "silu" else F.gelu(h, approximate="tanh" if activation == "gelu_tanh" else "none")
-    y = y if up is None else y * up.to(acc)
+    y = _activated(x.to(acc) if x_bias is None else x.to(acc) + x_bias.to(acc), up, activation)
     return F.linear(y, weight.to(acc), None if bias is None else bias.to(acc)).to(x.dtype)
 
 
@@ -320,6 +335,33 @@ def linear_cross_entropy(
     acc = _accumulation_dtype(x)
     logits = F.linear(x.to(acc), weight.to(acc), None if bias is None else bias.to(acc))
     return cross_entropy(logits, targets, ignore_index, label_smoothing, z_loss, reduction)
+
+
+def fp8_linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """The same of 8-bit floats: x and weight as e4m3 holds them, the gradient of the losses' sum as e5m2 does."""
+    losses = _Fp8Losses.apply(x, weight, targets, ignore_index)
+    return losses if reduction == "sum" else losses / (targets != ignore_index).sum().clamp(min=1)  # pyright: ignore
+
+
+class _Fp8Losses(torch.autograd.Function):
+    """The sum of the losses, whose gradients are made with it: before whatever factor comes in."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+        acc = _accumulation_dtype(x)
+        x8, w8 = (_held(t.to(acc), torch.float8_e4m3fn) for t in (x, weight))
+        with torch.enable_grad():
+            logits = (x8 @ w8.t()).to(x.dtype).requires_grad_()
+            losses = cross_entropy(logits, targets, ignore_index, reduction="sum")
+        gradient = _held(torch.autograd.grad(losses, logits)[0].to(acc), torch.float8_e5m2)
+        ctx.save_for_backward(gradient @ w8, gradient.t() @ x8)
+        ctx.dtypes = x.dtype, weight.dtype
+        return losses.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        dx, dw = ((grad_outputs[0] * g).to(t) for g, t in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+        return dx, dw, None, None
 
 
 def embedding(weight: Tensor, tokens: Tensor, padding_idx: int | None = None) -> Tensor:

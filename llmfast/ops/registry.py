@@ -70,10 +70,12 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "geglu": (_triton("activation"),),
     "linear": (_triton("linear"),),
     "fp8_linear": (_triton("fp8_linear"),),
+    "fp8_mlp": (_triton("fp8_mlp"),),
     "activation_linear": (_triton("activation_linear"), _CPP),
     "rope": (_triton("rope"), _CPP),
     "cross_entropy": (_triton("cross_entropy"), _CUDA, _CPP),
     "linear_cross_entropy": (_triton("linear_cross_entropy"),),
+    "fp8_linear_cross_entropy": (_triton("fp8_linear_cross_entropy"),),
     "embedding": (_triton("embedding"),),
     "adamw": (
         Backend("triton", "llmfast.kernels.adamw", frozenset({"cuda"}), frozenset({torch.float32})),

@@ -33,6 +33,8 @@ from .cases import (
     DecodeAttentionCase,
     EmbeddingCase,
     Fp8LinearCase,
+    Fp8LinearCrossEntropyCase,
+    Fp8MLPCase,
     LinearCase,
     LinearCrossEntropyCase,
     RopeCase,
@@ -62,11 +64,14 @@ CASES: list[Case] = [
     LinearCase(2, 64, 768),
     *(LinearCase(1, cols, 64) for cols in (64, 2048, 8192)),
     Fp8LinearCase(256, 64, 768),
+    Fp8MLPCase(256, 64, 768),
+    Fp8MLPCase(256, 64, 768, "silu", gated=True, bias=False),
     ActivationLinearCase(2, 4096, 64),
     ActivationLinearCase(2, 4096, 64, True, "gelu_tanh", gated=False),
     *(RopeCase(1, 2, 2, d, interleaved) for d in (64, 128) for interleaved in (False, True)),
     *(CrossEntropyCase(2, classes) for classes in (64, 4096, 50304)),
     *(LinearCrossEntropyCase(2, 16, classes) for classes in (64, 4096, 50257, 50304)),
+    *(Fp8LinearCrossEntropyCase(32, 16, classes) for classes in (50257, 50304)),
     EmbeddingCase(128, 32, 768),
     *(AttentionCase(1, 256, 256, 2, 1, d, causal) for d in (64, 128, 256) for causal in (False, True)),
     *(
@@ -195,7 +200,8 @@ def main() -> int:
     rows = [
         row
         for case in CASES
-        if options.op in (None, case.op) and (case.op != "fp8_linear" or options.arch >= 89)  # which has such products
+        if options.op in (None, case.op)
+        and (not case.op.startswith("fp8_") or options.arch >= 89)  # which has such products
         for row in compile_case(case, getattr(torch, options.dtype), options.arch)
     ]
     for op, compile_op in IN_PLACE.items():

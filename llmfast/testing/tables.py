@@ -9,6 +9,8 @@ from .cases import (
     DecodeAttentionCase,
     EmbeddingCase,
     Fp8LinearCase,
+    Fp8LinearCrossEntropyCase,
+    Fp8MLPCase,
     LinearCase,
     LinearCrossEntropyCase,
     RopeCase,
@@ -170,6 +172,14 @@ TEST_CASES: dict[str, list[Case]] = {
         Fp8LinearCase(160, 272, 400),
         Fp8LinearCase(0, 16, 32),
     ],
+    "fp8_mlp": [
+        Fp8MLPCase(1, 16, 16),
+        Fp8MLPCase(33, 80, 304, "gelu"),
+        Fp8MLPCase(300, 48, 128, bias=False),
+        Fp8MLPCase(130, 80, 272, "silu", gated=True, bias=False),
+        Fp8MLPCase(40, 48, 80, "gelu_tanh", gated=True),
+        Fp8MLPCase(0, 16, 32),
+    ],
     "activation_linear": [
         ActivationLinearCase(1, 1, 1),
         ActivationLinearCase(33, 70, 16, bias=True),
@@ -193,6 +203,12 @@ TEST_CASES: dict[str, list[Case]] = {
         LinearCrossEntropyCase(70, 16, 33, bias=True, reduction="sum"),
         LinearCrossEntropyCase(9, 48, 300),
         LinearCrossEntropyCase(0, 4, 8, bias=True),
+    ],
+    "fp8_linear_cross_entropy": [
+        Fp8LinearCrossEntropyCase(1, 16, 1),
+        Fp8LinearCrossEntropyCase(70, 16, 33),
+        Fp8LinearCrossEntropyCase(300, 48, 304, reduction="sum"),
+        Fp8LinearCrossEntropyCase(0, 16, 8),
     ],
     "embedding": [
         EmbeddingCase(*s) for s in ((1, 1, 1), (7, 3, 5), (300, 40, 300), (0, 5, 8), (100, 1000, 64), (700, 3, 40))
@@ -258,6 +274,7 @@ BENCHMARK_CASES: dict[str, list[Case]] = {
         *(LinearCase(1, *shape, bias=False) for shape in ((2048, 2048), (2048, 16384), (8192, 2048), (2048, 128256))),
     ],
     "fp8_linear": [Fp8LinearCase(65536, 768, 2304), Fp8LinearCase(16384, 4096, 4096)],
+    "fp8_mlp": [Fp8MLPCase(65536, 768, 3072), Fp8MLPCase(16384, 2048, 8192, "silu", gated=True, bias=False)],
     "activation_linear": [
         ActivationLinearCase(65536, 3072, 768, True, "gelu_tanh", gated=False),
         ActivationLinearCase(8192, 8192, 2048),
@@ -265,6 +282,7 @@ BENCHMARK_CASES: dict[str, list[Case]] = {
     ],
     "rope": [RopeCase(16, 1024, 12, 64), RopeCase(4, 4096, 16, 128)],
     "linear_cross_entropy": [LinearCrossEntropyCase(32768, 768, 50304), LinearCrossEntropyCase(8192, 4096, 128256)],
+    "fp8_linear_cross_entropy": [Fp8LinearCrossEntropyCase(32768, 768, 50304)],
     "embedding": [EmbeddingCase(65536, 50304, 768), EmbeddingCase(16384, 128256, 4096), EmbeddingCase(65536, 256, 768)],
     "attention": _attention_benchmark(),
     "attention_varlen": [
@@ -287,9 +305,11 @@ SMALL_CASES: dict[str, Case] = {
     "cross_entropy": CrossEntropyCase(64, 768),
     "linear": LinearCase(64, 768, 768),
     "fp8_linear": Fp8LinearCase(64, 768, 768),
+    "fp8_mlp": Fp8MLPCase(64, 256, 768),
     "activation_linear": ActivationLinearCase(64, 768, 256),
     "rope": RopeCase(1, 64, 12, 64),
     "linear_cross_entropy": LinearCrossEntropyCase(64, 64, 768),
+    "fp8_linear_cross_entropy": Fp8LinearCrossEntropyCase(64, 64, 768),
     "embedding": EmbeddingCase(64, 768, 64),
     "attention": AttentionCase(1, 64, 64, 12, 12, 64, True),
     "attention_varlen": VarlenAttentionCase(((40, 40), (24, 24)), 12, 12, 64, True),
@@ -304,9 +324,11 @@ CPU_BENCHMARK_CASES: dict[str, list[Case]] = {
     "cross_entropy": [CrossEntropyCase(4096, 768), CrossEntropyCase(1024, 4096), CrossEntropyCase(256, 50304)],
     "linear": [LinearCase(1024, 192, 768)],
     "fp8_linear": [Fp8LinearCase(1024, 192, 768)],
+    "fp8_mlp": [Fp8MLPCase(1024, 192, 768)],
     "activation_linear": [ActivationLinearCase(1024, 768, 256)],
     "rope": [RopeCase(4, 512, 12, 64)],
     "linear_cross_entropy": [LinearCrossEntropyCase(1024, 192, 8192)],
+    "fp8_linear_cross_entropy": [Fp8LinearCrossEntropyCase(1024, 192, 8192)],
     "embedding": [EmbeddingCase(4096, 8192, 768)],
     "attention": [
         *(AttentionCase(1, 1024, 1024, 12, 12, 64, c) for c in (False, True)),

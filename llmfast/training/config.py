@@ -61,7 +61,7 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Keep of each block only what goes into it, and run it again in the backward pass: less memory for more time."""
     fp8: bool = False
-    """Train the blocks' matrices by products of 8-bit floats, scaled tensor by tensor: faster, and less exact."""
+    """Train by matrix products of 8-bit floats, scaled tensor by tensor: faster, and less exact."""
     deterministic: bool = False
     """Refuse operations that may give other bits on the same machine (torch.use_deterministic_algorithms)."""
 

@@ -18,6 +18,8 @@ from llmfast.testing.cases import (
     CrossEntropyCase,
     EmbeddingCase,
     Fp8LinearCase,
+    Fp8LinearCrossEntropyCase,
+    Fp8MLPCase,
     LinearCase,
     LinearCrossEntropyCase,
     RopeCase,
@@ -235,6 +237,8 @@ GRAPHED = [
     (EmbeddingCase(300, 50, 200), TRITON),
     (LinearCase(70, 64, 300), TRITON),
     (Fp8LinearCase(70, 64, 304), TRITON),
+    (Fp8MLPCase(70, 64, 304), TRITON),
+    (Fp8LinearCrossEntropyCase(70, 64, 304), TRITON),
     (ActivationLinearCase(70, 64, 32, bias=True), TRITON),
     (LinearCrossEntropyCase(70, 64, 333, bias=True), TRITON),
 ]

@@ -9,8 +9,8 @@ from torch import Tensor
 from .attention import AttentionCase, DecodeAttentionCase, VarlenAttentionCase
 from .base import Result, Work
 from .embeddings import EmbeddingCase, RopeCase
-from .losses import CrossEntropyCase, LinearCrossEntropyCase
-from .rows import ROW_INPUTS, ActivationLinearCase, Fp8LinearCase, LinearCase, RowCase
+from .losses import CrossEntropyCase, Fp8LinearCrossEntropyCase, LinearCrossEntropyCase
+from .rows import ROW_INPUTS, ActivationLinearCase, Fp8LinearCase, Fp8MLPCase, LinearCase, RowCase
 
 __all__ = [
     "ROW_INPUTS",
@@ -20,6 +20,8 @@ __all__ = [
     "DecodeAttentionCase",
     "EmbeddingCase",
     "Fp8LinearCase",
+    "Fp8LinearCrossEntropyCase",
+    "Fp8MLPCase",
     "ActivationLinearCase",
     "LinearCase",
     "LinearCrossEntropyCase",
@@ -35,6 +37,7 @@ Case = (
     RowCase
     | LinearCase
     | ActivationLinearCase
+    | Fp8MLPCase
     | CrossEntropyCase
     | LinearCrossEntropyCase
     | RopeCase

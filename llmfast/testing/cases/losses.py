@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import ops
+from ...ops.reference import fp8_linear_cross_entropy
 from .base import Defaults, Work
 
 
@@ -126,3 +127,24 @@ class LinearCrossEntropyCase(Defaults):
         """Matrix products: one for the loss, three for it and the gradients."""
         flops = 2.0 * self.rows * self.depth * self.classes * (1 if direction == "fwd" else 3)
         return Work(0.0, flops)
+
+
+@dataclass(frozen=True)
+class Fp8LinearCrossEntropyCase(LinearCrossEntropyCase):
+    """The same by 8-bit floats."""
+
+    op: str = "fp8_linear_cross_entropy"
+
+    def looseness(self, result: Tensor) -> float:
+        """PyTorch's sums of products are of float32, those of 8 bits on a GPU of some 14 bits."""
+        return 4.0
+
+    def ours(self, *tensors: Tensor, backend: str) -> Tensor:
+        x, weight = tensors
+        targets = self.targets(x.device)
+        return ops.fp8_linear_cross_entropy(x, weight, targets, reduction=self.reduction, backend=backend)
+
+    def torch(self, *tensors: Tensor) -> Tensor:
+        """The reference, whose rounding of a gradient PyTorch has no functions for, at the tensors' dtype."""
+        x, weight = tensors
+        return fp8_linear_cross_entropy(x, weight, self.targets(x.device), -100, self.reduction)

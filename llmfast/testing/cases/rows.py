@@ -149,6 +149,66 @@ class Fp8LinearCase(LinearCase):
 
 
 @dataclass(frozen=True)
+class Fp8MLPCase(Defaults):
+    """(rows, cols) through an MLP of `hidden`, gated or not, back to (rows, cols), by 8-bit floats."""
+
+    rows: int
+    cols: int
+    hidden: int
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "gelu_tanh"
+    gated: bool = False
+    bias: bool = True
+    op: str = "fp8_mlp"
+
+    @property
+    def label(self) -> str:
+        label = f"{self.rows}x{self.cols}x{self.hidden} {self.activation}"
+        return label + " gated" * self.gated + " bias" * self.bias
+
+    @property
+    def output(self) -> tuple[int, ...]:
+        return self.rows, self.cols
+
+    @property
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        width = self.hidden * (2 if self.gated else 1)
+        shapes = {"x": (self.rows, self.cols), "up": (width, self.cols), "down": (self.cols, self.hidden)}
+        return shapes | ({"up_bias": (width,), "down_bias": (self.cols,)} if self.bias else {})
+
+    def prepare(self, tensors: list[Tensor]) -> None:
+        """Weights as models have them, which keep the size of what goes through."""
+        for weight in tensors[1:3]:
+            weight *= weight.shape[1] ** -0.5
+
+    def looseness(self, result: Tensor) -> float:
+        """What goes down is near the middle of two 8-bit numbers now and then; 16 bits decide which it becomes."""
+        return 6.0
+
+    def ours(self, *tensors: Tensor, backend: str) -> Tensor:
+        x, up, down, *biases = tensors
+        up_bias, down_bias = biases or (None, None)
+        return ops.fp8_mlp(x, up, up_bias, down, down_bias, activation=self.activation, backend=backend)
+
+    def torch(self, *tensors: Tensor) -> Tensor:
+        """PyTorch's functions one after another at the tensors' dtype, products of what 8 bits hold."""
+        x, up, down, *biases = tensors
+        up_bias, down_bias = biases or (None, None)
+        h = fp8_product(x, up) if up_bias is None else fp8_product(x, up) + up_bias
+        first, second = h.chunk(2, -1) if self.gated else (h, None)
+        y = F.silu(first) if self.activation == "silu" else F.gelu(first, approximate=_APPROXIMATE[self.activation])
+        out = fp8_product(y if second is None else y * second, down)
+        return out if down_bias is None else out + down_bias
+
+    def work(self, direction: str, itemsize: int) -> Work:
+        """Matrix products: one each forward, two backward."""
+        weights = self.cols * self.hidden * (3 if self.gated else 2)
+        return Work(0.0, 2.0 * self.rows * weights * (1 if direction == "fwd" else 2))
+
+
+_APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
+
+
+@dataclass(frozen=True)
 class ActivationLinearCase(Defaults):
     """act(x) * up of (rows, cols) through a layer to (rows, width)."""
 
