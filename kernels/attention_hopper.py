@@ -335,10 +335,10 @@ def attention_hopper_fwd(
     section *= max(1, SECTION_BYTES * heads // (section * kv_heads * max(longest_k, 1) * head_dim * 4))
     section = min(section, batch * heads)
     tensors = ((q, 64), (k, tiles.keys), (v, tiles.keys), (out, 64))
+    descriptors = tuple([head_tiles(x, rows, block_d, packed is not None) for x, rows in tensors])
     launch(
         _attention_hopper_fwd_kernel, (grid,),
-        *(head_tiles(x, rows, block_d, packed is not None) for x, rows in tensors), *statistics, *starts, places,
-        heads, heads // kv_heads, n_queries, k.shape[1], batch * heads, section, window,
-        softcap / scale if softcap else None, scale, CAUSAL=causal, GROUPS=groups, TILES=tiles.queries,
-        STAGES=tiles.stages, num_warps=4,
+        *statistics, *starts, places, heads, heads // kv_heads, n_queries, k.shape[1], batch * heads, section, window,
+        softcap / scale if softcap else None, scale,
+        descriptors=descriptors, CAUSAL=causal, GROUPS=groups, TILES=tiles.queries, STAGES=tiles.stages, num_warps=4,
     )  # fmt: skip

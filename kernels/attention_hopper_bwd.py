@@ -22,7 +22,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ._common import LOG2E, cdiv, gradients_like, multiprocessors
 from ._hopper_schedule import (
@@ -42,6 +41,7 @@ from ._hopper_tiles import KEYS, first_tile, packed_tiles, rows_of, tile_at, tur
 from ._launch import launch
 from .attention_hopper_dq import _attention_hopper_dq_kernel, _attention_hopper_rows_kernel
 from .hopper import (
+    float_tiles,
     head_tiles,
     named_barrier_arrive,
     named_barrier_sync,
@@ -330,17 +330,17 @@ def attention_hopper_bwd(
         dout, out, *statistics, rows, turns, starts[0], starts[2], places[0], *dout.stride()[:3], *out.stride()[:3],
         heads, n_queries, abs(scale), D=head_dim, BLOCK_D=block_d, QUERIES=queries, num_warps=8,
     )  # fmt: skip
-    tile, is_packed = (queries, block_d), packed is not None
+    tile, key_tile = (queries, block_d, packed is not None), (64, block_d, packed is not None)
+    descriptors = (
+        head_tiles(q, *tile), head_tiles(k, *key_tile), head_tiles(v, *key_tile), head_tiles(dout, *tile),
+        float_tiles(rows, (2 * queries,), 0), float_tiles(sums, (64, 64), 128),
+        head_tiles(dk, *key_tile), head_tiles(dv, *key_tile),
+    )  # fmt: skip
     launch(
         _attention_hopper_bwd_kernel, (key_tiles * batch * kv_heads,),
-        head_tiles(q, *tile, is_packed), head_tiles(k, 64, block_d, is_packed), head_tiles(v, 64, block_d, is_packed),
-        head_tiles(dout, *tile, is_packed),
-        TensorDescriptor(rows, [rows.numel()], [1], [2 * queries], gl.NVMMASharedLayout(0, 32, 1)),
-        TensorDescriptor(sums, list(sums.shape), [64, 1], [64, 64], gl.NVMMASharedLayout(128, 32, 2)),
-        head_tiles(dk, 64, block_d, is_packed), head_tiles(dv, 64, block_d, is_packed), turns, *starts, *places,
-        kv_heads, heads // kv_heads, n_queries, n_keys, max(1, multiprocessors(q.device) // key_tiles), window,
-        softcap or None, scale,
-        CAUSAL=causal, BLOCK_D=block_d, QUERIES=queries, num_warps=4,
+        turns, *starts, *places, kv_heads, heads // kv_heads, n_queries, n_keys,
+        max(1, multiprocessors(q.device) // key_tiles), window, softcap or None, scale,
+        descriptors=descriptors, CAUSAL=causal, BLOCK_D=block_d, QUERIES=queries, num_warps=4,
     )  # fmt: skip
     launch(
         _attention_hopper_dq_kernel, (tiles * 2,),

@@ -4,7 +4,9 @@ Imported for sm_90 only: Gluon has no CPU interpreter.
 """
 
 import functools
+from typing import NamedTuple
 
+import torch
 import triton.experimental.gluon.language as gl
 from torch import Tensor
 from triton._C.libtriton import ir
@@ -13,6 +15,8 @@ from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ._launch import Descriptor
+
 # 3.8 renamed the copies and gave the reduction a name; 3.9 keeps the old names only to raise. Called as
 # tma_load(descriptor, coordinates, mbarrier, destination), tma_store(descriptor, coordinates, source).
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -20,6 +24,9 @@ tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 MANY = gl.constexpr(2**30)  # rows that no tensor has
 MAX_SOFTCAP = 256.0
 MAX_HEAD_DIM = {"fwd": 256, "bwd": 128}
+# Descriptors, kept by all that they are made of, because PyTorch hands out the same memory again and again. A model of
+# 100 layers trains with at most 1,200.
+KEPT = 2048
 
 
 @builtin
@@ -65,29 +72,57 @@ def tma_readable(x: Tensor) -> bool:
     return x.numel() > 0 and x.stride(3) == 1 and aligned and x.data_ptr() % 16 == 0
 
 
-@functools.cache  # it costs as much as the rest of a descriptor
-def _layout(shape: tuple[int, ...], element_size: int) -> gl.NVMMASharedLayout:
-    dtype = {2: gl.bfloat16, 4: gl.float32}[element_size]
-    return gl.NVMMASharedLayout.get_default_for(list(shape), dtype)
+class Memory(NamedTuple):
+    """What a descriptor has in place of a tensor: keeping it keeps no memory."""
+
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.address
 
 
-def head_tiles(x: Tensor, rows: int, cols: int, packed: bool = False) -> TensorDescriptor:
+def memory_of(x: Tensor) -> Memory:
+    return Memory(x.data_ptr(), x.dtype)
+
+
+@functools.lru_cache(KEPT)
+def _head_tiles(
+    memory: Memory, shape: tuple[int, ...], strides: tuple[int, ...], rows: int, cols: int, packed: bool
+) -> Descriptor:  # fmt: skip
+    batch, length, heads, head_dim = shape
+    # The stride of a dimension of one element is arbitrary in PyTorch; TMA wants it aligned.
+    sequence, row, head = (s if n > 1 else 8 for n, s in zip(shape[:3], strides[:3], strict=True))
+    sizes, apart = [batch, heads, length, head_dim], [sequence, head, row, 1]
+    if packed:
+        sizes = [2**31 - 2**16, 2**31 - 2**16, heads, MANY.value, head_dim]
+        apart = [2**34 - row, row, head, row, 1]
+    ones = [1] * (len(sizes) - 2)
+    layout = gl.NVMMASharedLayout(128, 16, len(sizes))
+    return Descriptor(TensorDescriptor(memory, sizes, apart, [*ones, rows, cols], layout))
+
+
+def head_tiles(x: Tensor, rows: int, cols: int, packed: bool = False) -> Descriptor:
     """TMA descriptor of a (B, T, H, D) tensor whose tiles, (1, 1, rows, cols) at (b, h, t, d), are rows of one head.
 
     With one dimension for each of B, H and T, what lies beyond T or D reads as zero and is not written. packed: of
     (1, T, H, D), sequences one after another; `head_rows` tells the coordinates, of which T's goes up to MANY, where a
     sequence ends, and two more bring the address back: by 64-bit wraparound, as in Triton's tools/ragged_tma.py.
     """
-    x = x.transpose(1, 2)
-    # The stride of a dimension of one element is arbitrary in PyTorch; TMA wants it aligned.
-    strides = [s if n > 1 else 8 for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)]
-    if not packed:
-        layout = _layout((1, 1, rows, cols), x.element_size())
-        return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, cols], layout)
-    (_, heads, _, head_dim), (_, head, row) = x.shape, strides
-    layout = _layout((1, 1, 1, rows, cols), x.element_size())
-    shape, strides = [2**31 - 2**16, 2**31 - 2**16, heads, MANY.value, head_dim], [2**34 - row, row, head, row, 1]
-    return TensorDescriptor(x, shape, strides, [1, 1, 1, rows, cols], layout)
+    return _head_tiles(memory_of(x), x.shape, x.stride(), rows, cols, packed)
+
+
+@functools.lru_cache(KEPT)
+def _float_tiles(
+    memory: Memory, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...], swizzle: int
+) -> Descriptor:  # fmt: skip
+    layout = gl.NVMMASharedLayout(swizzle, 32, len(block))
+    return Descriptor(TensorDescriptor(memory, list(shape), list(strides), list(block), layout))
+
+
+def float_tiles(x: Tensor, block: tuple[int, ...], swizzle: int) -> Descriptor:
+    """TMA descriptor of a contiguous float32 tensor; in shared memory its tiles are swizzled in so many bytes."""
+    return _float_tiles(memory_of(x), x.shape, x.stride(), block, swizzle)
 
 
 @gluon.jit

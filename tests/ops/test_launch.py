@@ -289,15 +289,16 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from llmfast.testing import offline
+from llmfast.testing.launcher import UTILS, descriptors_in, launcher
 
 ran, seen = [], {}
 
 def compile_nothing(self, key, signature, device, *_):
     kernel = object.__new__(CompiledKernel)
     kernel.module, kernel.function, kernel.packed_metadata = None, 0, ()
-    kernel.metadata = SimpleNamespace(target=GPUTarget("cuda", 90, 32))
+    kernel.metadata = SimpleNamespace(target=GPUTarget("cuda", 90, 32), tensordesc_meta=descriptors_in(signature))
     kernel.launch_metadata = lambda *args: None
-    kernel._run = lambda *args: ran.append((self.__name__, key, len(args)))
+    kernel._run = launcher(signature, lambda before, args: ran.append((self.__name__, key, len(before), len(args))))
     self.device_caches[device][0][key] = kernel
     return kernel
 
@@ -310,6 +311,7 @@ for arch in (80, 90):
         get_current_target=lambda: GPUTarget("cuda", arch, 32),
         get_current_device=lambda: 0,
         get_current_stream=lambda device: 0,
+        utils=UTILS,
     )
     with (
         mock.patch.object(triton.runtime.driver, "_active", driver),

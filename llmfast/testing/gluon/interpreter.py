@@ -9,7 +9,7 @@ import torch
 
 from . import machine
 from .machine import Block, Machine, MBarrier
-from .values import LANGUAGE, Int, Layout, Pointer
+from .values import LANGUAGE, Int, Pointer
 
 
 def _warp_specialize(parts: list[tuple[Callable[..., Any], tuple[Any, ...]]], *_: Any) -> None:
@@ -43,8 +43,9 @@ _STAND_INS: dict[str, Any] = {
     "draw": machine.count_up,
     "drawn": lambda ticket: ticket,
     "reciprocal": lambda x: 1.0 / x,
-    "_layout": Layout,
-    "launch": lambda kernel, grid, *args, **constants: kernel[grid](*args, **constants),
+    "memory_of": lambda x: x,
+    "Descriptor": lambda descriptor: descriptor,
+    "launch": lambda kernel, grid, *args, descriptors=(), **constants: kernel[grid](*descriptors, *args, **constants),
 }
 
 
@@ -104,6 +105,7 @@ class _Rebuilt:
             return _STAND_INS[name]
         if type(value).__name__ == "constexpr":
             return Int(value.value) if type(value.value) is int else value.value
+        value = getattr(value, "__wrapped__", value)  # nothing that is kept: a descriptor here holds its tensor
         jitted = getattr(value, "fn", None)
         if isinstance(jitted, types.FunctionType):
             function = self.function(jitted)
