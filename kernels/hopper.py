@@ -68,8 +68,13 @@ def reciprocal(x):
 def tma_readable(x: Tensor) -> bool:
     """Whether a (B, T, H, D) tensor of 16-bit elements can be addressed by `head_tiles`: unit stride in D, the other
     strides and the address multiples of 16 bytes, no stride 0."""
-    aligned = all(n == 1 or (s > 0 and s % 8 == 0) for n, s in zip(x.shape[:3], x.stride()[:3], strict=True))
-    return x.numel() > 0 and x.stride(3) == 1 and aligned and x.data_ptr() % 16 == 0
+    return x.data_ptr() % 16 == 0 and _steps_readable(x.shape, x.stride())
+
+
+@functools.lru_cache(KEPT)
+def _steps_readable(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    aligned = all(n == 1 or (s > 0 and s % 8 == 0) for n, s in zip(shape[:3], strides[:3], strict=True))
+    return min(shape) > 0 and strides[3] == 1 and aligned
 
 
 class Memory(NamedTuple):
