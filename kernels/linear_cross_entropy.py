@@ -5,8 +5,9 @@ kernel of cross_entropy, and what that gives x, weight and bias by further produ
 https://arxiv.org/abs/2410.10989). So gradients of the losses' sum are ready after the forward pass, and the backward
 pass scales them by the upstream gradient and, for a mean, the number of targets: not earlier, as a 16-bit dtype would
 lose the small probabilities of a large batch. The weight's is summed over chunks in float32. A chunk's logits are as
-large as the weight, or an eighth of all: smaller ones would spend more time on reading and writing that sum. Not
-supported: float64, and reduction="none", for which gradients cannot be made before the upstream gradient is known.
+large as the weight, or an eighth of all: smaller ones would spend more time on reading and writing that sum. Where all
+logits take no more than it would, they are one chunk, whose sum bfloat16 can hold. Not supported: float64, and
+reduction="none", for which gradients cannot be made before the upstream gradient is known.
 """
 
 import torch
@@ -32,7 +33,7 @@ def _linear_cross_entropy_bwd_kernel(X, Grad, Count, Y, size, MEAN: tl.constexpr
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total += a @ b, total in float32; the first time instead of what it holds."""
+    """total += a @ b, total in float32 or a's dtype; the first time instead of what it holds."""
     beta = 0 if first else 1
     if a.is_cuda and a.dtype != total.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
@@ -52,18 +53,20 @@ def linear_cross_entropy_gradients(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """x: (N, D); weight: (V, D); targets: (N,) int64; bias: (V,) or None -> loss () float32, the number of targets that
-    count () float32 and, as `needs` says, the gradients of the losses' sum for x (its dtype), weight and bias
-    (float32)."""
+    count () float32 and, as `needs` says, the gradients of the losses' sum for x (its dtype), weight (float32, or
+    bfloat16) and bias (float32)."""
     n_rows, depth = x.shape
     classes = weight.shape[0]
     targets = targets.contiguous()
     losses = torch.empty(targets.shape, dtype=torch.float32, device=x.device)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None
     new = torch.empty if n_rows else torch.zeros
-    dw = new(weight.shape, dtype=torch.float32, device=x.device) if needs[1] else None
+    whole = n_rows <= 2 * depth
+    exact = torch.bfloat16 if whole and x.dtype == torch.bfloat16 else torch.float32  # float16 has not the range
+    dw = new(weight.shape, dtype=exact, device=x.device) if needs[1] else None
     db = torch.zeros((classes,), dtype=torch.float32, device=x.device) if needs[2] else None
     options = (ignore_index, label_smoothing, z_loss, classes)
-    chunk = max(depth, -(-n_rows // 8))
+    chunk = max(n_rows, 1) if whole else max(depth, -(-n_rows // 8))
     # One memory for all chunks; a row begins a multiple of 64 elements after the last, so that vectors of it are whole.
     buffer = torch.empty((min(chunk, n_rows), -(-classes // 64) * 64), dtype=x.dtype, device=x.device)
     for start in range(0, n_rows, chunk):

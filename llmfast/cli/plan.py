@@ -140,8 +140,8 @@ def memory_bytes(plan: Plan) -> int:
 
     16 bytes a parameter (float32 weight, gradient and AdamW's two moments), 4 more where batches are added up; what
     the blocks keep for the backward pass, all of them or, with activation checkpointing, one and the others' inputs;
-    and the logits, which their gradient replaces, or a chunk of them and the head's gradient in float32. In 8 bits
-    there is always a chunk, of which the gradient is kept twice, and the head's gradient of each chunk.
+    and the logits, which their gradient replaces, or, of many tokens, a chunk of them and the head's gradient in
+    float32. In 8 bits there is always a chunk, of which the gradient is kept twice, and the head's gradient of each.
     """
     model, training, size = plan.model, plan.training, DTYPES[plan.dtype].itemsize
     tokens = training.batch_size * training.context
@@ -154,7 +154,7 @@ def memory_bytes(plan: Plan) -> int:
     if training.fp8 and not model.logit_softcap:
         logits = logits // 8 + tokens * model.vocab_size // 4 + head * (8 * size + 4)
     elif logits > MAX_LOGITS and not model.logit_softcap:
-        logits = logits // 8 + 4 * head
+        logits = logits + size * head if tokens <= 2 * model.d_model else logits // 8 + 4 * head
     return parameters + tokens * kept + logits
 
 

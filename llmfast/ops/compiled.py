@@ -109,6 +109,11 @@ def _fp8_mlp_kept(x: Tensor, up: Tensor, _: Any, down: Tensor, *options: Any) ->
     )
 
 
+def _weight_gradient(x: Tensor, weight: Tensor) -> Tensor:
+    """Of logits that are one chunk in bfloat16, else in float32."""
+    return _like(weight) if x.dtype == torch.bfloat16 and x.shape[0] <= 2 * x.shape[1] else _float(x, *weight.shape)
+
+
 def _scaled_gradient(grad: Tensor, count: Tensor, gradient: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
     return gradient.new_empty(gradient.shape, dtype=dtype)
 
@@ -188,7 +193,7 @@ _RESULTS: dict[str, Callable[..., Any]] = {
         _float(x),
         _float(x),
         _like(x) if options[-1][0] else None,
-        _float(x, *weight.shape) if options[-1][1] else None,
+        _weight_gradient(x, weight) if options[-1][1] else None,
         _float(x, weight.shape[0]) if options[-1][2] else None,
     ),
     "linear_cross_entropy_bwd": _scaled_gradient,

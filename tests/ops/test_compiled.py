@@ -96,8 +96,11 @@ def test_one_graph(case: Case, backend: str, dynamic: bool, device: str) -> None
         assert torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.op}-{c.label.replace(' ', '-')}")
-def test_launchers_give_what_the_compiler_is_told(case: Case, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launchers_give_what_the_compiler_is_told(
+    case: Case, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Shapes and dtypes, which code around the op is planned with, each tensor with memory of its own."""
     pytest.importorskip("triton")
     row = next(row for row in BACKENDS[case.op] if row.name == "triton")
@@ -112,13 +115,13 @@ def test_launchers_give_what_the_compiler_is_told(case: Case, device: str, monke
 
         return call
 
-    module = ModuleType(f"spy_{case.op}_{case.label}")  # a new name: the registry keeps what it has imported
+    module = ModuleType(f"spy_{case.op}_{case.label}_{dtype}")  # a new name: the registry keeps what it has imported
     vars(module).update(
         {n: spy(n) if n in compiled._RESULTS else f for n, f in vars(kernels).items() if n.startswith(f"{case.op}_")}
     )
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(BACKENDS, case.op, (replace(row, module=module.__name__),))
-    inputs = make_inputs(case, device, torch.float32)
+    inputs = make_inputs(case, device, dtype)
     results(lambda *t: case.ours(*t, backend="triton"), inputs, torch.randn(case.output, device=device))
     assert seen and all(given == promised for _, given, promised in seen), seen
 
