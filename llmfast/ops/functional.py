@@ -128,8 +128,7 @@ def append_kv_(
     """
     args = arguments.append_kv(k_cache, v_cache, k, v, lengths, block_table=block_table)
     _run_in_place("append_kv", backend, args)
-    # Autograd, which kernels do not tell, then refuses to go back to what the caches held.
-    torch.autograd.graph.increment_version((k_cache, v_cache))
+    _changed(k_cache, v_cache)
 
 
 def attention_varlen(
@@ -389,6 +388,8 @@ def adamw_(
     tensors = parameters, grads, exp_avgs, exp_avg_sqs, copies
     args = arguments.adamw(*tensors, step=step, grad_scale=grad_scale, **settings)
     _run_in_place("adamw", backend, args)
+    changed, _, exp_avgs, exp_avg_sqs, made = args[:5]
+    _changed(*changed, *exp_avgs, *exp_avg_sqs, *(made or ()))
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> str:
@@ -420,3 +421,8 @@ def _run_in_place(op: str, backend: str | None, args: tuple[Any, ...]) -> None:
     kernels = registry.choose(op, backend, args)
     with torch.no_grad(), torch.cuda.device_of(registry.first_tensor(args)):
         (getattr(reference, op) if kernels is None else getattr(kernels, f"{op}_fwd"))(*args)
+
+
+def _changed(*tensors: Tensor) -> None:
+    """Tell autograd, which kernels do not, so that it refuses to go back to what the tensors held."""
+    torch.autograd.graph.increment_version(tensors)

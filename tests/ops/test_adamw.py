@@ -73,6 +73,17 @@ def test_many_at_once_equal_one_by_one(backend: str, device: str) -> None:
     assert all(torch.equal(a, b) for x, y in zip(tensors, alone, strict=True) for a, b in zip(x, y, strict=True))
 
 
+@EACH
+def test_what_it_changed_cannot_be_gone_back_to(backend: str, device: str) -> None:
+    """Autograd refuses a backward pass through weights that have been updated since."""
+    importable(backend)
+    p, grad, m, v = (torch.rand(6, device=device) for _ in range(4))
+    loss = p.requires_grad_().square().sum()
+    ops.adamw_(p, grad, m, v, step=1, backend=backend, **SETTINGS)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 WITH_COPIES = pytest.mark.parametrize("backend", ["triton", REFERENCE])
 
 
