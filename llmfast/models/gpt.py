@@ -37,7 +37,7 @@ class GPT(nn.Module):
     def __init__(self, config: Config, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
-        self.activation_checkpointing = False
+        self.activation_checkpointing = self.fp8 = False
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
         learned = config.position == "learned"
         self.position_embedding = nn.Embedding(config.context_length, config.d_model) if learned else None
@@ -59,11 +59,8 @@ class GPT(nn.Module):
                 into_residual = name.endswith(("attention.proj.weight", "mlp.down.weight"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer) if into_residual else 0.02)
 
-    @property
-    def fp8(self) -> bool:
-        return any(layer.fp8 for layer in self.blocks.modules() if isinstance(layer, Linear))
-
     def set_fp8(self, on: bool) -> None:
+        self.fp8 = on
         for layer in self.blocks.modules():
             if isinstance(layer, Linear):
                 layer.fp8 = on
