@@ -56,8 +56,8 @@ def fitting_scale(Maxima, n_maxima, Inverse, EXPONENT: tl.constexpr, MAXIMA: tl.
 def store_rounded(
     scaled, row, col, n_cols, padded, width, Rows, Turned, WIDE: tl.constexpr, KEEP: tl.constexpr, TURN: tl.constexpr
 ):
-    """scaled: a tile of rows `row` and columns `col`, float32 and 0 outside of a matrix of n_cols columns -> its place
-    in Rows: (padded, width) and Turned: (n_cols, padded).
+    """scaled: a tile of rows `row` and columns `col`, float32, 0 in rows past the matrix's own -> its place in Rows:
+    (padded, width) and Turned: (n_cols, padded).
 
     What is turned is rounded to WIDE before, and to 8 bits after: Triton 3.6 turns tiles wrongly that were float32 and
     are of 8 bits.
@@ -148,10 +148,10 @@ def product(
     float32, which gets a product of its own.
     """
     if dtype == torch.float32:
-        y = a.float() @ b.float().t() * scales[0] * scales[1]
+        y = (a.float() * scales[0]) @ (b.float() * scales[1]).t()
         y = y if bias is None else y + bias
         return y if out is None else out.copy_(y)
-    bias = None if bias is None else bias.to(dtype)
+    bias = None if bias is None else bias.to(dtype).contiguous()  # the library reads it as if it were
     scaled_mm = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
     into = {} if out is None else {"out": out}
     return scaled_mm(

@@ -28,7 +28,9 @@ def fp8_linear_kept(
     rows, weight = as_rows(x), as_rows(weight)
     if rows.shape[0] == 0:
         one, other = (torch.ones((), dtype=torch.float32, device=x.device) for _ in range(2))
-        return x.new_zeros((*x.shape[:-1], weight.shape[0])), None, None, one, other
+        no_x = x.new_empty((weight.shape[1], 0), dtype=E4M3) if needs[1] else None
+        unread = x.new_empty((weight.shape[1], weight.shape[0]), dtype=E4M3) if needs[0] else None
+        return x.new_zeros((*x.shape[:-1], weight.shape[0])), no_x, unread, one, other
     x8, w8 = rounded(rows, E4M3, True, needs[1]), rounded(weight, E4M3, True, needs[0])
     out = product(x8.rows[: rows.shape[0]], w8.rows, (x8.inverse, w8.inverse), x.dtype, True, bias)
     kept = x8.turned if needs[1] else None, w8.turned if needs[0] else None

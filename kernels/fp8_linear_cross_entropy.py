@@ -3,7 +3,8 @@ floats (https://arxiv.org/abs/2209.05433).
 
 As linear_cross_entropy.py has it, but for the gradient of a chunk's logits: it is rounded to e5m2, as it is and
 transposed, by the kernel that makes it. Of the losses' sum it is at most 1, so its scale is known before: no pass looks
-for its largest magnitude. Not supported: float64, bias, label smoothing, z-loss, reduction="none".
+for its largest magnitude. The weight's gradients of all chunks, eight at most, stand in memory beside one another until
+they are added up. Not supported: float64, bias, label smoothing, z-loss, reduction="none".
 """
 
 import torch
@@ -49,7 +50,7 @@ def _cross_entropy_bwd_round_kernel(
     x = tl.load(X + row[:, None] * x_stride + col[None, :], mask=inside, other=0.0).to(tl.float32)
     target = tl.load(Targets + row, mask=there, other=ignore_index)
     counts = target != ignore_index  # the other rows have no statistics
-    m, s = tl.load(Maxima + row, mask=counts, other=0.0), tl.load(Sums + row, mask=counts, other=1.0)
+    m, s = tl.load(Maxima + row, mask=there), tl.load(Sums + row, mask=there)
     dx = loss_gradient(
         x, col[None, :], target[:, None], m[:, None], s[:, None], SCALE, n_classes, 0.0, 0.0, WIDE == tl.float32, PADDED
     )

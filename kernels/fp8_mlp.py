@@ -115,9 +115,10 @@ def _activation_bwd_round_kernel(
 ):  # fmt: skip
     """DY: (n_rows, n_cols) with a row stride, the gradient of what goes down. Of H's gradient, which is as wide as H
     and at most 0.875 2^16 times `bound`, both inverses and Factor: Rows and Turned as `store_rounded` has them, and
-    Partials: (tiles down the rows, width) float32, sums of columns. TurnedY: what goes down, as the forward pass
-    rounded it."""
-    inverse = tl.load(InverseOfGradient) * tl.load(InverseOfWeight) * bound * tl.load(Factor)
+    Partials: (tiles down the rows, width) float32, sums of columns. TurnedY: what goes down, by the scale of the
+    forward pass, if through WIDE where that rounds once: the last bit of a few in a hundred differs."""
+    # Two and two: the inverses' product alone may be below float32's least.
+    inverse = (tl.load(InverseOfGradient) * tl.load(Factor)) * (tl.load(InverseOfWeight) * bound)
     inverse = tl.minimum(tl.maximum(inverse, 2.0**-120), 2.0**120)
     if tl.program_id(0) == 0:
         tl.store(Inverse, inverse)
@@ -143,7 +144,7 @@ def _activation_bwd_round_kernel(
         if SUMS:
             tl.store(Partials + n_cols, tl.sum(second, 0), mask=col < n_cols)
     if TURN_Y:
-        y *= 1.0 / tl.load(InverseOfY)
+        y = _finite_or_nan(y) * (1.0 / tl.load(InverseOfY))
         store_rounded(y, row, col, n_cols, padded, n_cols, TurnedY, TurnedY, WIDE, False, True)
     dh = _finite_or_nan(dy * slope)
     store_rounded(dh * scale, row, col, n_cols, padded, width, Rows, Turned, WIDE, KEEP, TURN)
@@ -185,8 +186,8 @@ def _gradient(
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Rounded, Tensor | None, Tensor]:  # fmt: skip
     """dy: (M, F), sums over n_summed columns of products of what `inverses` belong to, in e5m2 and in e4m3; factor and
-    y_scale as `_activation` gave -> h's gradient, kept and turned, the sums of its columns, float32, and what goes
-    down, turned, as `needs` says."""
+    y_scale as `_activation` gave -> h's gradient, as rows and turned, the sums of its columns, float32, and what goes
+    down, turned: those that the gradients ask for which `needs` names, of x, up, its bias and down."""
     (n_rows, n_cols), width = dy.shape, h.shape[1]
     d8 = new_rounded(dy, (n_rows, width), E5M2, needs[0], needs[1])
     y8 = new_rounded(dy, (n_rows, n_cols), E4M3, False, needs[3])
@@ -222,12 +223,13 @@ def fp8_mlp_kept(
     """The same, and what the gradients will ask for that `needs` names of x, up, its bias, down, its bias: x, up and
     down, rounded and transposed, and h; empty what they will not; and `_activation`'s factor and the inverse scales of
     x, up, what goes down, and down, () float32."""
-    rows, (n_out, n_cols) = as_rows(x), down.shape
+    rows, (n_out, n_cols), behind = as_rows(x), down.shape, any(needs[:4])
     n_rows = rows.shape[0]
     if n_rows == 0:
-        empty, ones = (x.new_empty(0) for _ in range(4)), (x.new_ones((), dtype=torch.float32) for _ in range(5))
-        return x.new_zeros((*x.shape[:-1], n_out)), *empty, *ones
-    behind = any(needs[:4])
+        shapes = (x.shape[-1], 0), (up.shape[1], up.shape[0] if needs[0] else 0), (n_cols, n_out if behind else 0)
+        unread = (x.new_empty(shape, dtype=E4M3) for shape in shapes)
+        h = x.new_empty((0, up.shape[0]) if behind else 0)
+        return x.new_zeros((*x.shape[:-1], n_out)), *unread, h, *(x.new_ones((), dtype=torch.float32) for _ in range(5))
     x8 = rounded(rows, E4M3, True, needs[1])
     up8 = rounded(as_rows(up), E4M3, True, needs[0])
     h = product(x8.rows[:n_rows], up8.rows, (x8.inverse, up8.inverse), x.dtype, True, up_bias)

@@ -121,9 +121,9 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         activation: Any = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}.get(self.kind, self.kind)
         down = self.down.weight.to(x.dtype), _parameter(self.down.bias, x)
-        if self.up.in_fp8():
-            up = self.up.weight.to(x.dtype), _parameter(self.up.bias, x)
-            return ops.fp8_mlp(x, *up, *down, activation=activation)
+        if self.up.in_fp8():  # `down`, as wide the other way, is then as well
+            widening = self.up.weight.to(x.dtype), _parameter(self.up.bias, x)
+            return ops.fp8_mlp(x, *widening, *down, activation=activation)
         if self.kind in ("gelu", "gelu_tanh"):
             h, up, bias = ops.linear(x, self.up.weight.to(x.dtype)), None, _parameter(self.up.bias, x)
         else:

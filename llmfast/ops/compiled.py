@@ -66,15 +66,16 @@ def _as_torch_op(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     name = function.__name__
 
-    def pack(results: Any) -> list[Tensor]:
+    def pack(results: Any, args: tuple[Any, ...]) -> list[Tensor]:
         many = results if isinstance(results, tuple) else (results,)
-        return [many[0].new_empty(0, dtype=torch.bool) if r is None else r.contiguous() for r in many]
+        like = next(t for t in args if isinstance(t, Tensor))
+        return [like.new_empty(0, dtype=torch.bool) if r is None else r.contiguous() for r in many]
 
     parameters = inspect.signature(function, eval_str=True).parameters.values()
     schema = ", ".join(f"{_SCHEMA_TYPES[p.annotation]} {p.name}" for p in parameters)
     torch.library.define(f"{NAMESPACE}::{name}", f"({schema}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(f"{NAMESPACE}::{name}", ("cpu", "cuda"), lambda *args: pack(function(*args)))
-    torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args: pack(_RESULTS[name](*args)))
+    torch.library.impl(f"{NAMESPACE}::{name}", ("cpu", "cuda"), lambda *args: pack(function(*args), args))
+    torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args: pack(_RESULTS[name](*args), args))
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def call(*args: Any) -> Any:
@@ -204,7 +205,7 @@ _RESULTS: dict[str, Callable[..., Any]] = {
         _like(x) if options[-1][0] else None,
         _float(x, *weight.shape) if options[-1][1] else None,
     ),
-    "fp8_linear_cross_entropy_bwd": _scaled_gradient,
+    "fp8_linear_cross_entropy_bwd": _scaled_gradient,  # by this name of linear_cross_entropy's, which it is
     "embedding_bwd": lambda dy, weight, *_: _like(weight),
     "attention_fwd": lambda q, *_: (_like(q), _float(q, 2, q.shape[0], q.shape[2], q.shape[1])),
     "attention_varlen_fwd": lambda q, *_: (_like(q), _float(q, 2, q.shape[1], q.shape[0])),

@@ -43,6 +43,9 @@ CASES: list[Case] = [
     Fp8MLPCase(9, 48, 32),
     Fp8MLPCase(9, 48, 32, "silu", gated=True, bias=False),
     Fp8LinearCrossEntropyCase(9, 48, 32),
+    Fp8LinearCase(0, 48, 32),
+    Fp8MLPCase(0, 48, 32),
+    Fp8LinearCrossEntropyCase(0, 48, 32),
     ActivationLinearCase(9, 40, 24, bias=True),
     LinearCrossEntropyCase(9, 40, 24, bias=True),
     RopeCase(2, 5, 2, 16),
@@ -94,6 +97,29 @@ def test_one_graph(case: Case, backend: str, dynamic: bool, device: str) -> None
     eager = results(lambda *t: case.ours(*t, backend=backend), inputs, grad)
     for ours, expected in zip(results(function, inputs, grad), eager, strict=True):
         assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [c for c in CASES if c.op in ("linear", "fp8_linear", "fp8_mlp", "linear_cross_entropy", "activation_linear")],
+    ids=lambda c: f"{c.op}-{c.label.replace(' ', '-')}",
+)
+def test_gradients_of_some_alone(case: Case, device: str) -> None:
+    """Of one that is frozen an op gives none."""
+    pytest.importorskip("triton")
+    inputs = make_inputs(case, device, torch.float32)
+    grad = torch.randn(case.output, device=device)
+    for i, alone in enumerate(inputs):
+        if not alone.requires_grad:
+            continue
+        some = [t.detach().requires_grad_(i == j) if t.requires_grad else t for j, t in enumerate(inputs)]
+        torch._dynamo.reset()
+        function = torch.compile(lambda *t: case.ours(*t, backend="triton"), fullgraph=True, backend="aot_eager")
+        found, expected = (
+            torch.autograd.grad(outs := outputs(f(*some)), some[i], upstream(outs, grad))
+            for f in (function, lambda *t: case.ours(*t, backend="triton"))
+        )
+        assert torch.equal(found[0], expected[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=str)

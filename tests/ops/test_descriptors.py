@@ -126,12 +126,34 @@ def test_each_launch_takes_what_its_tensors_say() -> None:
         block, float_block = (d.tritons.block_shape for d in descriptors)
         assert block == [1] * (3 if tile[-1] else 2) + tile[:2] and float_block == list(float_tile[0])
         assert descriptors[0].tritons.base.dtype is x.dtype
+        assert descriptors[0].tritons.layout.swizzle_byte_width == 128
         assert descriptors[1].tritons.layout.swizzle_byte_width == float_tile[1]
         _launch.launch(kernel, (1,), 5, descriptors=descriptors, SIZE=64)
         expected = *head(x, *tile), *encoded(y, list(y.shape), list(y.stride())), 5
         assert said(kernel.launched[-1][: len(expected)]) == expected
     assert hopper._head_tiles.cache_info().misses == len(calls)
     assert hopper._float_tiles.cache_info().misses == len(FLOATS)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_the_stride_of_one_element_is_aligned(dim: int) -> None:
+    shape, strides = ((*t[:dim], n, *t[dim + 1 :]) for t, n in ((SHAPE, 1), (STRIDES, 3)))
+    x = at(BFLOAT, 0, shape, strides)
+    assert hopper.tma_readable(x)
+    sequence, row, head = (8 if i == dim else s for i, s in enumerate(strides[:3]))
+    assert hopper.head_tiles(x, 64, 64).tritons.strides == [sequence, head, row, 1]
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_what_tma_cannot_read(dim: int) -> None:
+    def readable(offset: int = 0, shape: tuple[int, ...] = SHAPE, strides: tuple[int, ...] = STRIDES) -> bool:
+        return hopper.tma_readable(at(BFLOAT, offset, shape, strides))
+
+    assert readable() and readable(8) and not readable(4)
+    assert not readable(shape=(*SHAPE[:dim], 0, *SHAPE[dim + 1 :]))
+    assert not readable(strides=(*STRIDES[:dim], 0, *STRIDES[dim + 1 :]))
+    assert not readable(strides=(*STRIDES[:dim], STRIDES[dim] + 4, *STRIDES[dim + 1 :]))
+    assert not readable(strides=(*STRIDES[:3], 2))
 
 
 def test_the_same_is_launched_as_by_triton() -> None:

@@ -46,3 +46,21 @@ def test_an_infinite_gradient_is_no_finite_one(backend: str, device: str) -> Non
     grad[2, 3] = float("inf")
     gradients = torch.autograd.grad(ops.fp8_linear(x, weight, backend=backend), (x, weight), grad)
     assert all(g.isnan().all() for g in gradients)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bias_may_be_strided_or_one_number(backend: str, device: str) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+    dtype = torch.bfloat16 if device == "cuda" else torch.float16
+    x, weight, biases = (torch.randn(shape, device=device).to(dtype) for shape in ((3, 16), (32, 16), (32, 2)))
+    for bias in (biases[:, 1], biases[0, :1].expand(32)):
+        whole = ops.fp8_linear(x, weight, bias.clone(memory_format=torch.contiguous_format), backend=backend)
+        assert torch.equal(ops.fp8_linear(x, weight, bias, backend=backend), whole)
+
+
+def test_results_within_float32_of_operands_near_its_ends(device: str) -> None:
+    """Sums of products of 8-bit floats, before they are scaled, stay finite only if scaled operands are multiplied."""
+    pytest.importorskip("triton")
+    x, weight = torch.full((16, 4096), 2.0**110, device=device), torch.full((16, 4096), 2.0**-110, device=device)
+    torch.testing.assert_close(ops.fp8_linear(x, weight, backend="triton"), torch.full((16, 16), 4096.0, device=device))
