@@ -185,6 +185,7 @@ def text_batches(source: str, batch_size: int, context: int, seed: int) -> Calla
 
 CATEGORIES = {  # the first that a kernel's name contains
     "attention": ("attention", "flash", "fmha", "sdpa"),
+    "products with GELU": ("mlp_hopper",),
     "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk"),
     "norms": ("norm", "sum_partials"),
     "cross-entropy": ("cross_entropy", "reduce_losses", "log_softmax", "nll"),

@@ -85,8 +85,10 @@ def activation_and_slope(x, KIND: tl.constexpr, EXACT: tl.constexpr):
             slope = tl.where(slope == 0.0, 0.0, slope * 1.5957691216057308 * (1.0 + 0.134145 * x * x))  # no 0 times inf
             return x * s, s + x * slope
         t = tl.minimum(x * x, 1e6)  # past |x| = 1000 the sigmoid is 0 or 1, and its slope 0 is not to meet an infinity
-        s, slope = _sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * t), EXACT)
-        return x * s, s + x * (slope * (1.5957691216057308 + 0.21406444881780076 * t))
+        s = _logistic(x * (2.3022081985 + 0.1029432397 * t))  # z log2 e
+        y = x * s
+        grown = y * (1.5957691216057308 + 0.21406444881780076 * t)
+        return y, s + grown * (1.0 - s)
     s, slope = _sigmoid(x, EXACT)
     return x * s, s + x * slope
 

@@ -32,7 +32,7 @@ from ._hopper_schedule import FIELDS, SIZES, Packed, Work, heard, item, place, q
 from ._hopper_scores import capped, exponentials, mask
 from ._hopper_tiles import packed_tiles
 from ._launch import launch
-from .hopper import head_tiles, named_barrier_arrive, named_barrier_sync, tma_store
+from .hopper import barriers, head_tiles, named_barrier_arrive, named_barrier_sync, tma_store
 
 # Keys and values that a section of heads may hold: less than half the L2 cache, so that its tiles find them there.
 SECTION_BYTES = 20 * 2**20
@@ -239,14 +239,6 @@ def _compute(
     tma.store_wait(0)
 
 
-@gluon.jit
-def _barriers(N: gl.constexpr, ARRIVALS: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(N):
-        mbarrier.init(barriers.index(i), count=ARRIVALS)
-    return barriers
-
-
 @gluon.jit(do_not_specialize=SIZES)
 def _attention_hopper_fwd_kernel(
     q_desc, k_desc, v_desc, o_desc, Max, Sum, QueryStarts, KeyStarts, Counter, sequences, query_places, heads, group,
@@ -266,12 +258,12 @@ def _attention_hopper_fwd_kernel(
         gl.allocate_shared_memory(dtype, [TILES * GROUPS, 64, D], layout),
         gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], layout),
         gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], layout),
-        _barriers(TILES * GROUPS, 1),
-        _barriers(TILES * GROUPS, 1),
-        _barriers(STAGES, 1),
-        _barriers(STAGES, GROUPS),
-        _barriers(STAGES, 1),
-        _barriers(STAGES, GROUPS),
+        barriers(TILES * GROUPS, 1),
+        barriers(TILES * GROUPS, 1),
+        barriers(STAGES, 1),
+        barriers(STAGES, GROUPS),
+        barriers(STAGES, 1),
+        barriers(STAGES, GROUPS),
     )
     if QueryStarts is None:
         n_tiles = gl.cdiv(n_queries, 64 * GROUPS)
@@ -279,7 +271,7 @@ def _attention_hopper_fwd_kernel(
     else:
         n_tiles = query_places
         numbers = gl.allocate_shared_memory(gl.int32, [2 * FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-        packed = Packed(QueryStarts, KeyStarts, sequences, Counter, numbers, _barriers(2, 1), _barriers(2, GROUPS))
+        packed = Packed(QueryStarts, KeyStarts, sequences, Counter, numbers, barriers(2, 1), barriers(2, GROUPS))
     fence_async_shared()
     work = Work(heads, group, n_queries, n_keys, n_heads, n_tiles, section, window, cap, None, None)
     scale *= LOG2E

@@ -41,10 +41,10 @@ from ._hopper_tiles import KEYS, first_tile, packed_tiles, rows_of, tile_at, tur
 from ._launch import launch
 from .attention_hopper_dq import _attention_hopper_dq_kernel, _attention_hopper_rows_kernel
 from .hopper import (
-    float_tiles,
     head_tiles,
     named_barrier_arrive,
     named_barrier_sync,
+    plain_tiles,
     reciprocal,
     tma_load,
     tma_readable,
@@ -333,7 +333,7 @@ def attention_hopper_bwd(
     tile, key_tile = (queries, block_d, packed is not None), (64, block_d, packed is not None)
     descriptors = (
         head_tiles(q, *tile), head_tiles(k, *key_tile), head_tiles(v, *key_tile), head_tiles(dout, *tile),
-        float_tiles(rows, (2 * queries,), 0), float_tiles(sums, (64, 64), 128),
+        plain_tiles(rows, (2 * queries,), 0), plain_tiles(sums, (64, 64), 128),
         head_tiles(dk, *key_tile), head_tiles(dv, *key_tile),
     )  # fmt: skip
     launch(

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon.language._core import builtin
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ._launch import Descriptor
@@ -71,6 +71,11 @@ def tma_readable(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and _steps_readable(x.shape, x.stride())
 
 
+def matrix_readable(x: Tensor) -> bool:
+    """The same of a matrix of 16-bit elements and `plain_tiles`."""
+    return x.data_ptr() % 16 == 0 and x.stride(1) == 1 and x.stride(0) > 0 and x.stride(0) % 8 == 0
+
+
 @functools.lru_cache(KEPT)
 def _steps_readable(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     aligned = all(n == 1 or (s > 0 and s % 8 == 0) for n, s in zip(shape[:3], strides[:3], strict=True))
@@ -118,16 +123,25 @@ def head_tiles(x: Tensor, rows: int, cols: int, packed: bool = False) -> Descrip
 
 
 @functools.lru_cache(KEPT)
-def _float_tiles(
+def _plain_tiles(
     memory: Memory, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...], swizzle: int
 ) -> Descriptor:  # fmt: skip
-    layout = gl.NVMMASharedLayout(swizzle, 32, len(block))
+    layout = gl.NVMMASharedLayout(swizzle, 8 * memory.dtype.itemsize, len(block))
     return Descriptor(TensorDescriptor(memory, list(shape), list(strides), list(block), layout))
 
 
-def float_tiles(x: Tensor, block: tuple[int, ...], swizzle: int) -> Descriptor:
-    """TMA descriptor of a contiguous float32 tensor; in shared memory its tiles are swizzled in so many bytes."""
-    return _float_tiles(memory_of(x), x.shape, x.stride(), block, swizzle)
+def plain_tiles(x: Tensor, block: tuple[int, ...], swizzle: int) -> Descriptor:
+    """TMA descriptor of a tensor as it is; in shared memory its tiles are swizzled in so many bytes."""
+    return _plain_tiles(memory_of(x), x.shape, x.stride(), block, swizzle)
+
+
+@gluon.jit
+def barriers(N: gl.constexpr, ARRIVALS: gl.constexpr):
+    """N mbarriers in shared memory, a phase of which ends when ARRIVALS have arrived."""
+    made = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(N):
+        mbarrier.init(made.index(i), count=ARRIVALS)
+    return made
 
 
 @gluon.jit

@@ -120,15 +120,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         activation: Any = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}.get(self.kind, self.kind)
-        down = self.down.weight.to(x.dtype), _parameter(self.down.bias, x)
-        if self.up.in_fp8():  # `down`, as wide the other way, is then as well
-            widening = self.up.weight.to(x.dtype), _parameter(self.up.bias, x)
-            return ops.fp8_mlp(x, *widening, *down, activation=activation)
-        if self.kind in ("gelu", "gelu_tanh"):
-            h, up, bias = ops.linear(x, self.up.weight.to(x.dtype)), None, _parameter(self.up.bias, x)
-        else:
-            (h, up), bias = self.up(x).chunk(2, dim=-1), None
-        return ops.activation_linear(h, *down, up=up, x_bias=bias, activation=activation)
+        up, down = ((layer.weight.to(x.dtype), _parameter(layer.bias, x)) for layer in (self.up, self.down))
+        mlp = ops.fp8_mlp if self.up.in_fp8() else ops.mlp  # `down`, as wide the other way, is in 8 bits as `up` is
+        return mlp(x, *up, *down, activation=activation)
 
 
 def _parameter(p: Tensor | None, x: Tensor) -> Tensor | None:

@@ -2,5 +2,6 @@
 
 from . import library
 from .launch import *  # noqa: F403
+from .layers import *  # noqa: F403
 
 library.load("cpu")

@@ -101,7 +101,7 @@ def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str) 
 
 def bias_gelu_limits(x: Tensor, bias: Tensor | None, approximate: str) -> str | None:
     """Why x has no rows to work on."""
-    return _without_rows(x)
+    return without_rows(x)
 
 
 def gelu_fwd(x: Tensor, approximate: str) -> Tensor:
@@ -116,7 +116,7 @@ def gelu_bwd(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
 
 def gelu_limits(x: Tensor, approximate: str) -> str | None:
     """Why x has no rows to work on."""
-    return _without_rows(x)
+    return without_rows(x)
 
 
 def swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
@@ -131,55 +131,7 @@ def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 def swiglu_limits(gate: Tensor, up: Tensor) -> str | None:
     """Why gate has no rows to work on."""
-    return _without_rows(gate)
-
-
-def activation_linear_fwd(
-    x: Tensor, x_bias: Tensor | None, up: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str
-) -> tuple[Tensor, Tensor]:
-    """x, up: (..., N); x_bias: (N,); weight: (M, N); bias: (M,) -> F.linear(y, weight, bias), y = act(x + x_bias) * up,
-    which is kept: a CPU has memory for it, and 5 % of a training step went into making it again."""
-    y = _activation(x, x_bias, up, activation)
-    return torch.nn.functional.linear(y, weight, None if bias is None else bias.to(y.dtype)), y
-
-
-def activation_linear_bwd(
-    dout: Tensor, x: Tensor, x_bias: Tensor | None, up: Tensor | None, weight: Tensor, kept: Tensor, has_bias: bool,
-    activation: str,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
-    """-> dx, dx_bias, dup, dweight and dbias, or None."""
-    rows = dout.reshape(-1, weight.shape[0])
-    dy = (rows @ weight).view(x.shape)
-    dx_bias = dup = None
-    if activation == "silu":
-        assert up is not None
-        dx, dup = swiglu_bwd(dy, x, up)
-    else:
-        if up is not None:
-            dup = dy * _activation(x, x_bias, None, activation)
-            dy = dy * up
-        dx, dx_bias = bias_gelu_bwd(dy, x, x_bias, _APPROXIMATE[activation])
-    return dx, dx_bias, dup, rows.t() @ kept.view(-1, weight.shape[1]), rows.sum(0) if has_bias else None
-
-
-def activation_linear_limits(
-    x: Tensor, x_bias: Tensor | None, up: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str
-) -> str | None:
-    """Why a kernel cannot give what is asked."""
-    if activation == "silu" and (up is None or x_bias is not None):
-        return "has silu(x) * up only, without a bias"
-    return _without_rows(x)
-
-
-def _activation(x: Tensor, x_bias: Tensor | None, up: Tensor | None, activation: str) -> Tensor:
-    if activation == "silu":
-        assert up is not None
-        return swiglu_fwd(x, up)
-    y = bias_gelu_fwd(x, x_bias, _APPROXIMATE[activation])
-    return y if up is None else y * up
-
-
-_APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
+    return without_rows(gate)
 
 
 def rope_fwd(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -396,7 +348,7 @@ def as_rows(x: Tensor) -> Tensor:
     return x if even else x.contiguous()
 
 
-def _without_rows(x: Tensor) -> str | None:
+def without_rows(x: Tensor) -> str | None:
     return "needs at least one dimension and one element in the last" if x.dim() == 0 or x.shape[-1] == 0 else None
 
 

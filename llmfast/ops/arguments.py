@@ -205,23 +205,31 @@ def _check_fp8(op: str, **weights: Tensor) -> None:
             raise InputError(f"{op}: {name} is {tuple(weight.shape)}; both must be multiples of 16, and not 0")
 
 
-def fp8_mlp(
+def fp8_mlp(*args: Any, activation: str = "gelu") -> tuple[Any, ...]:
+    checked = _mlp("fp8_mlp", activation, *args)
+    _check_fp8("fp8_mlp", up=checked[1], down=checked[3])
+    return checked
+
+
+def mlp(*args: Any, activation: str = "gelu") -> tuple[Any, ...]:
+    return _mlp("mlp", activation, *args)
+
+
+def _mlp(
+    op: str,
+    activation: str,
     x: Tensor,
     up: Tensor,
     up_bias: Tensor | None,
     down: Tensor,
     down_bias: Tensor | None,
-    *,
-    activation: str = "gelu",
 ) -> tuple[Any, ...]:
-    op = "fp8_mlp"
     check_linear(op, "x", x, up, up_bias, ("up", "up_bias"))
     check_float(op, x=x, down=down)
     if down.dim() != 2 or up.shape[0] not in (down.shape[1], 2 * down.shape[1]):
         shapes = f"up is {tuple(up.shape)} and down {tuple(down.shape)}"
         raise InputError(f"{op}: {shapes}; they must be (F, N), or gated (2 F, N), and (M, F)")
     check_linear(op, "x", x.new_empty((0, down.shape[1])), down, down_bias, ("down", "down_bias"))
-    _check_fp8(op, up=up, down=down)
     check_activation(op, activation)
     return x, up, up_bias, down, down_bias, activation
 
@@ -396,6 +404,7 @@ ARGUMENTS = {
     "fp8_linear": fp8_linear,
     "fp8_mlp": fp8_mlp,
     "activation_linear": activation_linear,
+    "mlp": mlp,
     "rope": rope,
     "cross_entropy": cross_entropy,
     "linear_cross_entropy": linear_cross_entropy,

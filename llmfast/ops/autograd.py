@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import reference
-from .autograd_fp8 import Fp8Linear, Fp8LinearCrossEntropy, Fp8MLP
+from .autograd_linear import MLP, ActivationLinear, Fp8Linear, Fp8LinearCrossEntropy, Fp8MLP, Linear
 
 
 class Softmax(torch.autograd.Function):
@@ -156,42 +156,6 @@ class GEGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return None, *ctx.kernels.geglu_bwd(grad_outputs[0], *ctx.saved_tensors, ctx.approximate), None
-
-
-class Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, kernels: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.kernels = kernels
-        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, weight)
-        return kernels.linear_fwd(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return None, *ctx.kernels.linear_bwd(grad_outputs[0], *ctx.saved_tensors, ctx.needs_input_grad[1:])
-
-
-class ActivationLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        kernels: ModuleType,
-        x: Tensor,
-        x_bias: Tensor | None,
-        up: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        activation: str,
-    ) -> Tensor:
-        ctx.kernels, ctx.options = kernels, (bias is not None, activation)
-        out, kept = kernels.activation_linear_fwd(x, x_bias, up, weight, bias, activation)
-        ctx.save_for_backward(x, x_bias, up, weight, kept)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return None, *ctx.kernels.activation_linear_bwd(grad_outputs[0], *ctx.saved_tensors, *ctx.options), None
 
 
 class RoPE(torch.autograd.Function):
@@ -363,6 +327,7 @@ FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
     "fp8_linear": Fp8Linear,
     "fp8_mlp": Fp8MLP,
     "activation_linear": ActivationLinear,
+    "mlp": MLP,
     "rope": RoPE,
     "cross_entropy": CrossEntropy,
     "linear_cross_entropy": LinearCrossEntropy,

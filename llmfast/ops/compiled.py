@@ -181,6 +181,18 @@ _RESULTS: dict[str, Callable[..., Any]] = {
         dout.new_empty(args[-2][2:]) if args[-1][3] else None,
         _float(dout, args[-2][2]) if args[-1][4] else None,
     ),
+    "mlp_fwd": lambda x, up, up_bias, down, *_: (
+        x.new_empty((*x.shape[:-1], down.shape[0])),
+        x.new_empty((*x.shape[:-1], up.shape[0])),
+        None,
+    ),
+    "mlp_bwd": lambda dout, x, up, up_bias, down, h, kept, activation, needs: (
+        _like(x) if needs[0] else None,
+        _like(up) if needs[1] else None,
+        _float(up, up.shape[0]) if needs[2] else None,
+        _like(down) if needs[3] else None,
+        _float(down, down.shape[0]) if needs[4] else None,
+    ),
     "rope_fwd": lambda x, *_: _like(x),
     "rope_bwd": lambda dy, *_: _like(dy),
     "cross_entropy_fwd": lambda logits, targets, ignore_index, smoothing, z_loss, reduction, *_: (

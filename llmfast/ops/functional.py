@@ -281,6 +281,25 @@ def activation_linear(
     return run("activation_linear", backend, args)
 
 
+def mlp(
+    x: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    *,
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "gelu",
+    backend: str | None = None,
+) -> Tensor:
+    """Two linear layers with an activation between: act(h) @ down^T + down_bias of h = x @ up^T + up_bias, or, where up
+    is twice as wide as down takes, of h in two halves: act(first) * second. Of what lies between, the product alone is
+    kept for the gradients.
+
+    x: (..., N); up: (F or 2 F, N); down: (M, F); biases: (F or 2 F,) and (M,), of x's dtype or float32 -> (..., M).
+    """
+    return run("mlp", backend, arguments.mlp(x, up, up_bias, down, down_bias, activation=activation))
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, backend: str | None = None) -> Tensor:
     """Rotary position embedding of pairs (i, i + D/2), or (2i, 2i + 1) where interleaved.
 

@@ -282,6 +282,17 @@ def activation_linear(
     return F.linear(y, weight.to(acc), None if bias is None else bias.to(acc)).to(x.dtype)
 
 
+def mlp(
+    x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, activation: str
+) -> Tensor:
+    """activation_linear of h, or of the halves of h, which is rounded to x's dtype; h = linear of x, whose bias counts
+    to the activation where there is no gate. x: (..., N); up: (F or 2 F, N); down: (M, F)."""
+    if up.shape[0] == down.shape[1]:
+        return activation_linear(linear(x, up, None), up_bias, None, down, down_bias, activation)
+    first, second = linear(x, up, up_bias).chunk(2, dim=-1)
+    return activation_linear(first, None, second, down, down_bias, activation)
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """Rotate each pair (x[i], x[i + D/2]), or (x[2i], x[2i + 1]) where interleaved, by its position's angle.
 

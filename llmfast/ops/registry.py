@@ -72,6 +72,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "fp8_linear": (_triton("fp8_linear"),),
     "fp8_mlp": (_triton("fp8_mlp"),),
     "activation_linear": (_triton("activation_linear"), _CPP),
+    "mlp": (_triton("mlp"), _CPP),
     "rope": (_triton("rope"), _CPP),
     "cross_entropy": (_triton("cross_entropy"), _CUDA, _CPP),
     "linear_cross_entropy": (_triton("linear_cross_entropy"),),

@@ -37,6 +37,7 @@ from .cases import (
     Fp8MLPCase,
     LinearCase,
     LinearCrossEntropyCase,
+    MLPCase,
     RopeCase,
     RowCase,
     VarlenAttentionCase,
@@ -66,6 +67,8 @@ CASES: list[Case] = [
     Fp8LinearCase(256, 64, 768),
     Fp8MLPCase(256, 64, 768),
     Fp8MLPCase(256, 64, 768, "silu", gated=True, bias=False),
+    *(MLPCase(512, 64, 1024, kind) for kind in ("gelu", "gelu_tanh", "silu")),  # Hopper's own kernel
+    MLPCase(512, 64, 1024, bias=False),
     ActivationLinearCase(2, 4096, 64),
     ActivationLinearCase(2, 4096, 64, True, "gelu_tanh", gated=False),
     *(RopeCase(1, 2, 2, d, interleaved) for d in (64, 128) for interleaved in (False, True)),

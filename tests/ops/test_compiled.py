@@ -27,6 +27,7 @@ from llmfast.testing.cases import (
     Fp8MLPCase,
     LinearCase,
     LinearCrossEntropyCase,
+    MLPCase,
     RopeCase,
     RowCase,
     VarlenAttentionCase,
@@ -47,6 +48,8 @@ CASES: list[Case] = [
     Fp8MLPCase(0, 48, 32),
     Fp8LinearCrossEntropyCase(0, 48, 32),
     ActivationLinearCase(9, 40, 24, bias=True),
+    MLPCase(9, 40, 24),
+    MLPCase(9, 40, 24, "silu", gated=True, bias=False),
     LinearCrossEntropyCase(9, 40, 24, bias=True),
     RopeCase(2, 5, 2, 16),
     RopeCase(2, 5, 2, 16, interleaved=True),
@@ -101,7 +104,7 @@ def test_one_graph(case: Case, backend: str, dynamic: bool, device: str) -> None
 
 @pytest.mark.parametrize(
     "case",
-    [c for c in CASES if c.op in ("linear", "fp8_linear", "fp8_mlp", "linear_cross_entropy", "activation_linear")],
+    [c for c in CASES if c.op in ("linear", "fp8_linear", "fp8_mlp", "linear_cross_entropy", "mlp")],
     ids=lambda c: f"{c.op}-{c.label.replace(' ', '-')}",
 )
 def test_gradients_of_some_alone(case: Case, device: str) -> None:

@@ -68,7 +68,7 @@ def driver() -> Iterator[SimpleNamespace]:
         device=0,
     )
     hopper._head_tiles.cache_clear()
-    hopper._float_tiles.cache_clear()
+    hopper._plain_tiles.cache_clear()
     with mock.patch.object(triton.runtime.driver, "_active", driver):
         yield driver
 
@@ -122,7 +122,7 @@ def test_each_launch_takes_what_its_tensors_say() -> None:
     kernel = Kernel()
     calls = [(x, rows, cols, packed) for x, rows, cols in HEADS for packed in (False, True)]
     for (x, *tile), (y, *float_tile) in [(c, f) for c in calls for f in FLOATS] * 2:
-        descriptors = hopper.head_tiles(x, *tile), hopper.float_tiles(y, *float_tile)
+        descriptors = hopper.head_tiles(x, *tile), hopper.plain_tiles(y, *float_tile)
         block, float_block = (d.tritons.block_shape for d in descriptors)
         assert block == [1] * (3 if tile[-1] else 2) + tile[:2] and float_block == list(float_tile[0])
         assert descriptors[0].tritons.base.dtype is x.dtype
@@ -132,7 +132,7 @@ def test_each_launch_takes_what_its_tensors_say() -> None:
         expected = *head(x, *tile), *encoded(y, list(y.shape), list(y.stride())), 5
         assert said(kernel.launched[-1][: len(expected)]) == expected
     assert hopper._head_tiles.cache_info().misses == len(calls)
-    assert hopper._float_tiles.cache_info().misses == len(FLOATS)
+    assert hopper._plain_tiles.cache_info().misses == len(FLOATS)
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2])
@@ -192,18 +192,18 @@ def test_no_tensor_is_kept() -> None:
     x, y = torch.zeros(1, 64, 2, 64, dtype=torch.bfloat16), torch.zeros(64, 64)
     freed = [weakref.ref(x), weakref.ref(y)]
     for _ in range(3):
-        descriptors = hopper.head_tiles(x[:, 1:], 64, 64), hopper.float_tiles(y, (64, 64), 128)
+        descriptors = hopper.head_tiles(x[:, 1:], 64, 64), hopper.plain_tiles(y, (64, 64), 128)
         _launch.launch(kernel, (1,), 5, descriptors=descriptors, SIZE=64)
     del x, y
     assert [tensor() for tensor in freed] == [None, None]
-    assert hopper._head_tiles.cache_info().hits == hopper._float_tiles.cache_info().hits == 2
+    assert hopper._head_tiles.cache_info().hits == hopper._plain_tiles.cache_info().hits == 2
 
 
 def test_no_more_are_kept_than_a_large_model_needs() -> None:
     for offset in range(hopper.KEPT + 10):
         last = hopper.head_tiles(at(BFLOAT, 8 * offset, (1, 1, 1, 64), (64, 64, 64, 1)), 64, 64)
-        hopper.float_tiles(at(FLOAT, offset % 900 * 4, (1 + offset // 900, 64), (64, 1)), (64, 64), 128)
-    assert hopper._head_tiles.cache_info().currsize == hopper._float_tiles.cache_info().currsize == hopper.KEPT
+        hopper.plain_tiles(at(FLOAT, offset % 900 * 4, (1 + offset // 900, 64), (64, 1)), (64, 64), 128)
+    assert hopper._head_tiles.cache_info().currsize == hopper._plain_tiles.cache_info().currsize == hopper.KEPT
     first = weakref.ref(last)
     del last
     assert first() is not None

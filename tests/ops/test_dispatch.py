@@ -78,6 +78,7 @@ def calls(device: str, dtype: torch.dtype = torch.float32) -> dict[str, tuple[An
         "linear": (t(2, 8), t(3, 8), t(3)),
         "fp8_linear": (t(2, 16), t(32, 16), t(32)),
         "fp8_mlp": (t(2, 16), t(32, 16), t(32), t(16, 32), t(16)),
+        "mlp": (t(2, 8), t(16, 8), t(16), t(8, 16), t(8)),
         "activation_linear": (t(2, 8), t(3, 8), t(3)),
         "rope": (t(1, 4, 2, 16), t(4, 8).detach(), t(4, 8).detach()),
         "linear_cross_entropy": (t(3, 8), t(5, 8), torch.tensor([0, 4, 2], device=device)),
@@ -392,7 +393,7 @@ def test_explain_refuses_unknown_ops() -> None:
 
 def test_the_table_covers_every_public_op() -> None:
     functions = {name for name in ops.__all__ if name in vars(reference) and name != "decode_attention"}
-    assert functions == set(OPS) == set(calls("cpu")) and len(functions) == 20
+    assert functions == set(OPS) == set(calls("cpu")) and len(functions) == 21
     assert {op for op in OPS if BACKENDS[op]} <= set(autograd.FUNCTIONS)
 
 

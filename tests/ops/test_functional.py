@@ -239,6 +239,7 @@ SUPPORTED = [
         "fp8_mlp",
         "fp8_linear_cross_entropy",
         "activation_linear",
+        "mlp",
         "linear_cross_entropy",
         "decode_attention",
         "append_kv",

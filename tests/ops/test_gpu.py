@@ -22,6 +22,7 @@ from llmfast.testing.cases import (
     Fp8MLPCase,
     LinearCase,
     LinearCrossEntropyCase,
+    MLPCase,
     RopeCase,
     RowCase,
     make_inputs,
@@ -240,6 +241,8 @@ GRAPHED = [
     (Fp8MLPCase(70, 64, 304), TRITON),
     (Fp8LinearCrossEntropyCase(70, 64, 304), TRITON),
     (ActivationLinearCase(70, 64, 32, bias=True), TRITON),
+    (MLPCase(70, 64, 96), TRITON),
+    (MLPCase(16896, 64, 256), TRITON),
     (LinearCrossEntropyCase(70, 64, 333, bias=True), TRITON),
 ]
 

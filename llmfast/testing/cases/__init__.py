@@ -10,7 +10,7 @@ from .attention import AttentionCase, DecodeAttentionCase, VarlenAttentionCase
 from .base import Result, Work
 from .embeddings import EmbeddingCase, RopeCase
 from .losses import CrossEntropyCase, Fp8LinearCrossEntropyCase, LinearCrossEntropyCase
-from .rows import ROW_INPUTS, ActivationLinearCase, Fp8LinearCase, Fp8MLPCase, LinearCase, RowCase
+from .rows import ROW_INPUTS, ActivationLinearCase, Fp8LinearCase, Fp8MLPCase, LinearCase, MLPCase, RowCase
 
 __all__ = [
     "ROW_INPUTS",
@@ -25,6 +25,7 @@ __all__ = [
     "ActivationLinearCase",
     "LinearCase",
     "LinearCrossEntropyCase",
+    "MLPCase",
     "Result",
     "RopeCase",
     "RowCase",
@@ -38,6 +39,7 @@ Case = (
     | LinearCase
     | ActivationLinearCase
     | Fp8MLPCase
+    | MLPCase
     | CrossEntropyCase
     | LinearCrossEntropyCase
     | RopeCase

@@ -149,8 +149,8 @@ class Fp8LinearCase(LinearCase):
 
 
 @dataclass(frozen=True)
-class Fp8MLPCase(Defaults):
-    """(rows, cols) through an MLP of `hidden`, gated or not, back to (rows, cols), by 8-bit floats."""
+class MLPCase(Defaults):
+    """(rows, cols) through an MLP of `hidden`, gated or not, back to (rows, cols)."""
 
     rows: int
     cols: int
@@ -158,12 +158,17 @@ class Fp8MLPCase(Defaults):
     activation: Literal["silu", "gelu", "gelu_tanh"] = "gelu_tanh"
     gated: bool = False
     bias: bool = True
-    op: str = "fp8_mlp"
+    op: str = "mlp"
 
     @property
     def label(self) -> str:
         label = f"{self.rows}x{self.cols}x{self.hidden} {self.activation}"
         return label + " gated" * self.gated + " bias" * self.bias
+
+    @property
+    def plain(self) -> bool:
+        """Whether the C++ can."""
+        return self.activation != "silu" or self.gated
 
     @property
     def output(self) -> tuple[int, ...]:
@@ -180,29 +185,43 @@ class Fp8MLPCase(Defaults):
         for weight in tensors[1:3]:
             weight *= weight.shape[1] ** -0.5
 
-    def looseness(self, result: Tensor) -> float:
-        """What goes down is near the middle of two 8-bit numbers now and then; 16 bits decide which it becomes."""
-        return 6.0
-
     def ours(self, *tensors: Tensor, backend: str) -> Tensor:
         x, up, down, *biases = tensors
         up_bias, down_bias = biases or (None, None)
-        return ops.fp8_mlp(x, up, up_bias, down, down_bias, activation=self.activation, backend=backend)
+        op = getattr(ops, self.op)
+        return op(x, up, up_bias, down, down_bias, activation=self.activation, backend=backend)
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
 
     def torch(self, *tensors: Tensor) -> Tensor:
-        """PyTorch's functions one after another at the tensors' dtype, products of what 8 bits hold."""
+        """PyTorch's functions one after another at the tensors' dtype."""
         x, up, down, *biases = tensors
         up_bias, down_bias = biases or (None, None)
-        h = fp8_product(x, up) if up_bias is None else fp8_product(x, up) + up_bias
+        h = self.product(x, up) if up_bias is None else self.product(x, up) + up_bias
         first, second = h.chunk(2, -1) if self.gated else (h, None)
         y = F.silu(first) if self.activation == "silu" else F.gelu(first, approximate=_APPROXIMATE[self.activation])
-        out = fp8_product(y if second is None else y * second, down)
+        out = self.product(y if second is None else y * second, down)
         return out if down_bias is None else out + down_bias
 
     def work(self, direction: str, itemsize: int) -> Work:
         """Matrix products: one each forward, two backward."""
         weights = self.cols * self.hidden * (3 if self.gated else 2)
         return Work(0.0, 2.0 * self.rows * weights * (1 if direction == "fwd" else 2))
+
+
+@dataclass(frozen=True)
+class Fp8MLPCase(MLPCase):
+    """The same by products of what 8 bits hold."""
+
+    op: str = "fp8_mlp"
+
+    def looseness(self, result: Tensor) -> float:
+        """What goes down is near the middle of two 8-bit numbers now and then; 16 bits decide which it becomes."""
+        return 6.0
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return fp8_product(x, weight)
 
 
 _APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}

@@ -90,9 +90,13 @@ class Shared:
 
     def __init__(self, data: np.ndarray) -> None:
         self.data, self.shape, self.dtype = data, list(data.shape), data.dtype
+        self.layout = None
 
     def index(self, i: int) -> "Shared":
         return Shared(self.data[i])
+
+    def _reinterpret(self, dtype: Any, shape: list[int], layout: Any) -> "Shared":
+        return Shared(self.data.reshape(shape))
 
     def slice(self, start: int, length: int, dim: int = 0) -> "Shared":
         return Shared(self.data[(slice(None),) * dim + (slice(start, start + length),)])
@@ -146,6 +150,7 @@ LANGUAGE: dict[str, Any] = {
     "max": lambda x, axis: value(x.max(axis)),
     "sum": lambda x, axis: x.sum(axis),
     "exp2": np.exp2,
+    "rsqrt": lambda x: 1.0 / np.sqrt(x),
     "log2": np.log2,
     "arange": lambda first, end, layout=None: array(np.arange(first, end)),
     "zeros": lambda shape, dtype, layout=None: array(np.zeros(shape, dtype)),

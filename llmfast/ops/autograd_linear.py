@@ -1,4 +1,5 @@
-"""The autograd functions of the ops of 8-bit floats: gradients from tensors that were rounded in the forward pass."""
+"""The autograd functions of linear layers, of what is one op with them, and of both by 8-bit floats, whose gradients
+come from tensors that were rounded in the forward pass."""
 
 from types import ModuleType
 from typing import Any
@@ -6,6 +7,66 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+
+class Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kernels: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.kernels = kernels
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, weight)
+        return kernels.linear_fwd(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, *ctx.kernels.linear_bwd(grad_outputs[0], *ctx.saved_tensors, ctx.needs_input_grad[1:])
+
+
+class ActivationLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernels: ModuleType,
+        x: Tensor,
+        x_bias: Tensor | None,
+        up: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: str,
+    ) -> Tensor:
+        ctx.kernels, ctx.options = kernels, (bias is not None, activation)
+        out, kept = kernels.activation_linear_fwd(x, x_bias, up, weight, bias, activation)
+        ctx.save_for_backward(x, x_bias, up, weight, kept)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, *ctx.kernels.activation_linear_bwd(grad_outputs[0], *ctx.saved_tensors, *ctx.options), None
+
+
+class MLP(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernels: ModuleType,
+        x: Tensor,
+        up: Tensor,
+        up_bias: Tensor | None,
+        down: Tensor,
+        down_bias: Tensor | None,
+        activation: str,
+    ) -> Tensor:
+        ctx.kernels, ctx.activation = kernels, activation
+        out, h, kept = kernels.mlp_fwd(x, up, up_bias, down, down_bias, activation)
+        ctx.save_for_backward(x, up, up_bias, down, h, kept)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        options = ctx.activation, ctx.needs_input_grad[1:6]
+        return None, *ctx.kernels.mlp_bwd(grad_outputs[0], *ctx.saved_tensors, *options), None
 
 
 class Fp8Linear(torch.autograd.Function):
