@@ -87,8 +87,7 @@ def activation_and_slope(x, KIND: tl.constexpr, EXACT: tl.constexpr):
         t = tl.minimum(x * x, 1e6)  # past |x| = 1000 the sigmoid is 0 or 1, and its slope 0 is not to meet an infinity
         s = _logistic(x * (2.3022081985 + 0.1029432397 * t))  # z log2 e
         y = x * s
-        grown = y * (1.5957691216057308 + 0.21406444881780076 * t)
-        return y, s + grown * (1.0 - s)
+        return y, s + y * (1.0 - s) * (1.5957691216057308 + 0.21406444881780076 * t)
     s, slope = _sigmoid(x, EXACT)
     return x * s, s + x * slope
 
@@ -118,14 +117,14 @@ def _activation_fwd_kernel(
 
 @triton.jit
 def _activation_bwd_kernel(
-    DY, X, Bias, Up, DX, DUp, Y, Partial, dy_stride, x_stride, up_stride, n_rows, n_cols,
+    DY, X, Bias, Up, DX, DUp, Y, Partial, dy_stride, x_stride, up_stride, dx_stride, n_rows, n_cols,
     KIND: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, RESULT: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dx = dy * up * act'(x + bias), dup = dy * act(x + bias), and sums of dx over the tiles that a program walks.
 
-    DY, X, Up: (n_rows, n_cols) with row strides; DX, DUp: contiguous; Y: with RESULT, gets the forward pass's result,
-    contiguous, and may be DY; Partial: (walkers, n_cols) fp32.
+    DY, X, Up: (n_rows, n_cols) with row strides, of DX and DUp the same; Y: with RESULT, gets what the forward pass
+    gave, contiguous, and may be DY; Partial: (walkers, n_cols) fp32.
     """
     columns = tl.cdiv(n_cols, BLOCK)
     # Of n_rows' type: that is int64 where rows number 2^31 or more, while elsewhere it would cost registers.
@@ -146,13 +145,13 @@ def _activation_bwd_kernel(
         y, slope = activation_and_slope(x, KIND, EXACT)
         if GATED:
             up = tl.load(Up + row * up_stride + col, mask=inside, other=0.0).to(tl.float32)
-            tl.store(DUp + row * n_cols + col, (dy * y).to(DX.dtype.element_ty), mask=inside)
+            tl.store(DUp + row * dx_stride + col, (dy * y).to(DX.dtype.element_ty), mask=inside)
             dy *= up
             y *= up
         if RESULT:
             tl.store(Y + row * n_cols + col, y.to(DX.dtype.element_ty), mask=inside)
         dx = dy * slope
-        tl.store(DX + row * n_cols + col, dx.to(DX.dtype.element_ty), mask=inside)
+        tl.store(DX + row * dx_stride + col, dx.to(DX.dtype.element_ty), mask=inside)
         if HAS_BIAS:
             total += tl.where(inside, dx, 0.0)
     if HAS_BIAS:
@@ -198,12 +197,12 @@ def _forward(x: Tensor, bias: Tensor | None, up: Tensor | None, kind: str) -> Te
 
 
 def _backward(
-    dy: Tensor, x: Tensor, bias: Tensor | None, up: Tensor | None, kind: str, result: Tensor | None = None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    dy: Tensor, x: Tensor, bias: Tensor | None, up: Tensor | None, kind: str, result: Tensor | None = None,
+    halves: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """-> dx and, where there are, dup and dbias (float32). `result`, contiguous and perhaps dy, gets what the forward
-    pass gave."""
-    dx = new_like(x)
-    dup = None if up is None else new_like(x)
+    pass gave. dx and dup are those of `halves`, (..., 2 N), contiguous."""
+    dx, dup = (new_like(x), None if up is None else new_like(x)) if halves is None else halves.chunk(2, -1)
     if dx.numel() == 0:
         return dx, dup, None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=x.device)
     (dy_rows, dy_apart), (rows, apart) = rows_apart(dy), rows_apart(x)
@@ -219,7 +218,7 @@ def _backward(
         (walkers * columns,),
         dy_rows, rows, rows if bias is None else bias.contiguous(), up_rows, dx, dx if dup is None else dup,
         dx if result is None else result, dx if partial is None else partial,
-        dy_apart, apart, up_apart, n_rows, n_cols,
+        dy_apart, apart, up_apart, n_cols if halves is None else 2 * n_cols, n_rows, n_cols,
     )  # fmt: skip
     if partial is None:
         return dx, dup, None
@@ -279,10 +278,11 @@ def activation_fwd(x: Tensor, bias: Tensor | None, up: Tensor | None, activation
 
 
 def activation_bwd_with_result(
-    dy: Tensor, x: Tensor, bias: Tensor | None, up: Tensor | None, activation: str
+    dy: Tensor, x: Tensor, bias: Tensor | None, up: Tensor | None, activation: str, halves: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """-> dx, dup, contiguous, and dbias (N,) float32. dy, which must be contiguous, becomes act(x + bias) * up."""
-    return _backward(dy, x, bias, up, KINDS[activation], result=dy)
+    """-> dx, dup, contiguous or those of `halves` (..., 2 N), which is contiguous, and dbias (N,) float32. dy, which
+    must be contiguous, becomes act(x + bias) * up."""
+    return _backward(dy, x, bias, up, KINDS[activation], result=dy, halves=halves)
 
 
 KINDS = {"silu": "silu", "gelu": "erf", "gelu_tanh": "tanh"}

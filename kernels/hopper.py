@@ -36,6 +36,13 @@ def tma_reduce_add(desc, coord, src, _semantic=None):
     _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coord, src.handle)
 
 
+@builtin
+def reinterpreted(memory, dtype, shape, layout, _semantic=None):
+    """Shared memory as another shape (a method that 3.9 renamed)."""
+    method = getattr(memory, "reinterpret", None) or memory._reinterpret
+    return method(dtype, shape, layout, _semantic=_semantic)
+
+
 @gluon.jit
 def _named_barrier(ASM: gl.constexpr):
     # Elementwise inline assembly is the only one there is: one element for each thread of the calling warps.

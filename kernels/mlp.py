@@ -22,9 +22,9 @@ def mlp_fwd(
     """x: (..., N); up: (F or 2 F, N); down: (M, F); biases: (F or 2 F,), (M,) -> (..., M), h, and nothing more to
     keep."""
     gated = up.shape[0] != down.shape[1]
-    hopper = None if gated else _on_hopper(as_rows(x), up, up.shape[0])
+    hopper, rows = (None, x) if gated else _on_hopper(x, up, up.shape[0])
     if hopper is not None:
-        h, y = hopper.mlp_hopper_fwd(as_rows(x), up, up_bias, KINDS[activation])
+        h, y = hopper.mlp_hopper_fwd(rows, up, up_bias, KINDS[activation])
         h, y = (t.view(*x.shape[:-1], -1) for t in (h, y))
     else:
         h = linear_fwd(x, up, up_bias if gated else None)
@@ -34,16 +34,16 @@ def mlp_fwd(
 
 
 def mlp_bwd(
-    dout: Tensor, x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, h: Tensor, kept: None, activation: str,
-    needs: tuple[bool, bool, bool, bool, bool],
+    dout: Tensor, x: Tensor | None, up: Tensor, up_bias: Tensor | None, down: Tensor, h: Tensor, kept: None,
+    activation: str, needs: tuple[bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """dout: (..., M) -> the gradients that `needs` asks for: of x (..., N), of up and down in their dtype, and of their
-    biases (F or 2 F,) and (M,), float32."""
+    """dout: (..., M) -> the gradients that `needs` asks for: of x (..., N), of up, which takes x, and down in their
+    dtype, and of their biases (F or 2 F,) and (M,), float32."""
     rows, (width, n_in) = as_rows(dout), up.shape
     h = h.view(-1, width)
     dh, y, dup_bias = _activation_bwd(rows, down, h, up_bias, activation)
-    dx = (dh @ up).view(x.shape) if needs[0] else None
-    dup = dh.t() @ x.reshape(-1, n_in) if needs[1] else None
+    dx = (dh @ up).view(*dout.shape[:-1], n_in) if needs[0] else None
+    dup = dh.t() @ x.reshape(-1, n_in) if x is not None and needs[1] else None
     ddown = rows.t() @ y if needs[3] else None
     return dx, dup, dup_bias if needs[2] else None, ddown, column_sums(rows) if needs[4] else None
 
@@ -54,7 +54,7 @@ def _activation_bwd(
     """dout: (M, O); h: (M, F or 2 F) -> its gradient, what goes down, made again, (M, F), and the gradient of the bias,
     float32."""
     gated = h.shape[1] != down.shape[1]
-    hopper = None if gated else _on_hopper(dout, down, down.shape[1])
+    hopper, dout = (None, dout) if gated else _on_hopper(dout, down, down.shape[1])
     if hopper is not None:
         dh, y, partials = hopper.mlp_hopper_bwd(dout, down, h, up_bias, KINDS[activation])
         if partials is None:
@@ -67,16 +67,17 @@ def _activation_bwd(
         dh, _, dup_bias = activation_bwd_with_result(y, h, up_bias, None, activation)
         return dh, y, dup_bias
     first, second = h.chunk(2, -1)
-    dfirst, dsecond, _ = activation_bwd_with_result(y, first, None, second, activation)
-    assert dsecond is not None
-    dh = torch.cat((dfirst, dsecond), -1)
+    dh = torch.empty_like(h)
+    activation_bwd_with_result(y, first, None, second, activation, halves=dh)
     return dh, y, None if up_bias is None else column_sums(dh)
 
 
-def _on_hopper(rows: Tensor, weight: Tensor, n_cols: int) -> ModuleType | None:
-    """The module of sm_90's own kernel, where that runs this. In Gluon, it is imported for that architecture alone."""
-    if architecture(rows.device) != 90:
-        return None
+def _on_hopper(x: Tensor, weight: Tensor, n_cols: int) -> tuple[ModuleType | None, Tensor]:
+    """The module of sm_90's own kernel, where that runs this, and x's rows for it. In Gluon, it is imported for that
+    architecture alone."""
+    if architecture(x.device) != 90:
+        return None, x
     from . import mlp_hopper
 
-    return mlp_hopper if mlp_hopper.mlp_hopper_pays(rows, weight, n_cols) else None
+    rows = as_rows(x)
+    return (mlp_hopper, rows) if mlp_hopper.mlp_hopper_pays(rows, weight, n_cols) else (None, x)

@@ -30,7 +30,7 @@ from ._common import cdiv, multiprocessors
 from ._hopper_loads import next_stage
 from ._launch import launch
 from .activation import activation_and_slope
-from .hopper import barriers, matrix_readable, plain_tiles, tma_load
+from .hopper import barriers, matrix_readable, plain_tiles, reinterpreted, tma_load
 
 ROWS: gl.constexpr = gl.constexpr(128)
 COLS: gl.constexpr = gl.constexpr(256)
@@ -196,7 +196,7 @@ def _finish(buffers, work, outputs, Bias, Partials, KIND: gl.constexpr, HAS_BIAS
     if BACKWARD:
         even = gl.load(H + _places(rows, cols, work), mask=_inside(rows, cols, work), other=0.0)
         odd = gl.load(H + _places(rows + SLICE, cols, work), mask=_inside(rows + SLICE, cols, work), other=0.0)
-    out = buffers.out._reinterpret(dtype, [2 * SLICES, SLICE, COLS], buffers.out.layout)
+    out = reinterpreted(buffers.out, dtype, [2 * SLICES, SLICE, COLS], buffers.out.layout)
     for step in range(0, work.steps):
         for w in range(0, 2):
             mbarrier.wait(buffers.made.index(w), step % 2)
@@ -261,12 +261,13 @@ def _programs(n_rows: int, n_cols: int, device: torch.device) -> tuple[int, int]
 def mlp_hopper_pays(rows: Tensor, weight: Tensor, n_cols: int) -> bool:
     """Whether the kernel can multiply rows: (M, N) by a weight, of which one side is n_cols long, and leaves few
     multiprocessors idle, as it would where tiles fill them not even once."""
-    n_rows = rows.shape[0]
-    if rows.element_size() != 2 or n_rows == 0 or n_cols % 8 or not (matrix_readable(rows) and matrix_readable(weight)):
+    if rows.element_size() != 2 or n_cols % 8:
         return False
-    programs, columns = _programs(n_rows, n_cols, rows.device)
-    tiles = cdiv(n_rows, ROWS.value)
-    return programs > 0 and tiles * columns >= 0.85 * cdiv(tiles, programs) * multiprocessors(rows.device)
+    programs, columns = _programs(rows.shape[0], n_cols, rows.device)
+    tiles = cdiv(rows.shape[0], ROWS.value)
+    if programs == 0 or tiles * columns < 0.85 * cdiv(tiles, programs) * multiprocessors(rows.device):
+        return False
+    return matrix_readable(rows) and matrix_readable(weight)
 
 
 def mlp_hopper_fwd(x: Tensor, up: Tensor, bias: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:

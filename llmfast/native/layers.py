@@ -56,10 +56,10 @@ def mlp_fwd(
 
 
 def mlp_bwd(
-    dout: Tensor, x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, h: Tensor, kept: Tensor,
+    dout: Tensor, x: Tensor | None, up: Tensor, up_bias: Tensor | None, down: Tensor, h: Tensor, kept: Tensor,
     activation: str, needs: tuple[bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """-> the gradients that `needs` asks for, of x, up, its bias, down, its bias."""
+    """-> the gradients that `needs` asks for, of x, up, which takes x, its bias, down, its bias."""
     gated = up.shape[0] != down.shape[1]
     first, second = h.chunk(2, -1) if gated else (h, None)
     bias = None if gated else up_bias
@@ -69,8 +69,8 @@ def mlp_bwd(
     if dsecond is not None:
         dh = torch.cat((dh, dsecond), -1)
         dup_bias = dh.reshape(-1, dh.shape[-1]).sum(0) if needs[2] else None
-    dx = (dh @ up).view(x.shape) if needs[0] else None
-    dup = dh.reshape(-1, up.shape[0]).t() @ x.reshape(-1, up.shape[1]) if needs[1] else None
+    dx = dh @ up if needs[0] else None
+    dup = dh.reshape(-1, up.shape[0]).t() @ x.reshape(-1, up.shape[1]) if x is not None and needs[1] else None
     return dx, dup, dup_bias if needs[2] else None, ddown if needs[3] else None, ddown_bias
 
 
@@ -80,7 +80,7 @@ def mlp_limits(
     """Why a kernel cannot give what is asked."""
     if activation == "silu" and up.shape[0] == down.shape[1]:
         return "has silu with a gate only"
-    return without_rows(x)
+    return without_rows(x) or without_rows(down)
 
 
 def _activation(x: Tensor, x_bias: Tensor | None, up: Tensor | None, activation: str) -> Tensor:

@@ -205,25 +205,36 @@ def _check_fp8(op: str, **weights: Tensor) -> None:
             raise InputError(f"{op}: {name} is {tuple(weight.shape)}; both must be multiples of 16, and not 0")
 
 
-def fp8_mlp(*args: Any, activation: str = "gelu") -> tuple[Any, ...]:
-    checked = _mlp("fp8_mlp", activation, *args)
-    _check_fp8("fp8_mlp", up=checked[1], down=checked[3])
-    return checked
-
-
-def mlp(*args: Any, activation: str = "gelu") -> tuple[Any, ...]:
-    return _mlp("mlp", activation, *args)
-
-
-def _mlp(
-    op: str,
-    activation: str,
+def fp8_mlp(
     x: Tensor,
     up: Tensor,
     up_bias: Tensor | None,
     down: Tensor,
     down_bias: Tensor | None,
+    *,
+    activation: str = "gelu",
 ) -> tuple[Any, ...]:
+    _check_mlp("fp8_mlp", x, up, up_bias, down, down_bias, activation)
+    _check_fp8("fp8_mlp", up=up, down=down)
+    return x, up, up_bias, down, down_bias, activation
+
+
+def mlp(
+    x: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    *,
+    activation: str = "gelu",
+) -> tuple[Any, ...]:
+    _check_mlp("mlp", x, up, up_bias, down, down_bias, activation)
+    return x, up, up_bias, down, down_bias, activation
+
+
+def _check_mlp(
+    op: str, x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, activation: str
+) -> None:
     check_linear(op, "x", x, up, up_bias, ("up", "up_bias"))
     check_float(op, x=x, down=down)
     if down.dim() != 2 or up.shape[0] not in (down.shape[1], 2 * down.shape[1]):
@@ -231,7 +242,6 @@ def _mlp(
         raise InputError(f"{op}: {shapes}; they must be (F, N), or gated (2 F, N), and (M, F)")
     check_linear(op, "x", x.new_empty((0, down.shape[1])), down, down_bias, ("down", "down_bias"))
     check_activation(op, activation)
-    return x, up, up_bias, down, down_bias, activation
 
 
 def activation_linear(

@@ -59,7 +59,7 @@ class MLP(torch.autograd.Function):
     ) -> Tensor:
         ctx.kernels, ctx.activation = kernels, activation
         out, h, kept = kernels.mlp_fwd(x, up, up_bias, down, down_bias, activation)
-        ctx.save_for_backward(x, up, up_bias, down, h, kept)
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, up, up_bias, down, h, kept)
         return out
 
     @staticmethod

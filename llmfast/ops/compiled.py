@@ -187,7 +187,7 @@ _RESULTS: dict[str, Callable[..., Any]] = {
         None,
     ),
     "mlp_bwd": lambda dout, x, up, up_bias, down, h, kept, activation, needs: (
-        _like(x) if needs[0] else None,
+        dout.new_empty((*dout.shape[:-1], up.shape[1])) if needs[0] else None,
         _like(up) if needs[1] else None,
         _float(up, up.shape[0]) if needs[2] else None,
         _like(down) if needs[3] else None,

@@ -292,8 +292,8 @@ def mlp(
     backend: str | None = None,
 ) -> Tensor:
     """Two linear layers with an activation between: act(h) @ down^T + down_bias of h = x @ up^T + up_bias, or, where up
-    is twice as wide as down takes, of h in two halves: act(first) * second. Of what lies between, the product alone is
-    kept for the gradients.
+    is twice as wide as down takes, of h in two halves: act(first) * second. On a GPU the product alone, of all that
+    lies between, is kept for the gradients.
 
     x: (..., N); up: (F or 2 F, N); down: (M, F); biases: (F or 2 F,) and (M,), of x's dtype or float32 -> (..., M).
     """

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmfast import ops
+from llmfast.errors import BackendError
 from llmfast.native import library
+from llmfast.ops import BackendFallbackWarning
 from llmfast.testing.accuracy import compare
 from llmfast.testing.arguments import native_arguments
 from llmfast.testing.cases import AttentionCase, CrossEntropyCase, RowCase, make_inputs
@@ -293,3 +295,16 @@ def test_optional_arguments_do_not_leak() -> None:
     for _ in range(50_000):
         call("layer_norm_fwd", arguments)
     assert resident_bytes() - before < 2**20
+
+
+def test_mlp_beside_the_reference() -> None:
+    """float32 biases beside a gate in bfloat16; what the C++ lacks; a layer of no width."""
+    x, up, down = (torch.randn(shape).bfloat16() for shape in ((5, 8), (32, 8), (6, 16)))
+    biases = torch.randn(32), torch.randn(6)
+    ours, expected = (ops.mlp(x, up, biases[0], down, biases[1], backend=b) for b in ("cpp", "reference"))
+    torch.testing.assert_close(ours, expected, rtol=0.02, atol=0.02)
+    with pytest.raises(BackendError, match="silu with a gate only"):
+        ops.mlp(x, up[:16], None, down, None, activation="silu", backend="cpp")
+    with pytest.warns(BackendFallbackWarning, match="silu with a gate only"):
+        ops.mlp(x, up[:16], None, down, None, activation="silu")
+    assert torch.equal(ops.mlp(x, up[:0], None, down[:, :0], biases[1]), biases[1].bfloat16().expand(5, 6))

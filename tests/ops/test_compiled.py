@@ -104,7 +104,11 @@ def test_one_graph(case: Case, backend: str, dynamic: bool, device: str) -> None
 
 @pytest.mark.parametrize(
     "case",
-    [c for c in CASES if c.op in ("linear", "fp8_linear", "fp8_mlp", "linear_cross_entropy", "mlp")],
+    [
+        c
+        for c in CASES
+        if c.op in ("linear", "fp8_linear", "fp8_mlp", "linear_cross_entropy", "activation_linear", "mlp")
+    ],
     ids=lambda c: f"{c.op}-{c.label.replace(' ', '-')}",
 )
 def test_gradients_of_some_alone(case: Case, device: str) -> None:

@@ -128,11 +128,17 @@ def test_each_launch_takes_what_its_tensors_say() -> None:
         assert descriptors[0].tritons.base.dtype is x.dtype
         assert descriptors[0].tritons.layout.swizzle_byte_width == 128
         assert descriptors[1].tritons.layout.swizzle_byte_width == float_tile[1]
+        assert descriptors[1].tritons.layout.element_bitwidth == 32
         _launch.launch(kernel, (1,), 5, descriptors=descriptors, SIZE=64)
         expected = *head(x, *tile), *encoded(y, list(y.shape), list(y.stride())), 5
         assert said(kernel.launched[-1][: len(expected)]) == expected
     assert hopper._head_tiles.cache_info().misses == len(calls)
     assert hopper._plain_tiles.cache_info().misses == len(FLOATS)
+
+
+def test_plain_tiles_of_16_bits() -> None:
+    descriptor = hopper.plain_tiles(at(BFLOAT, 0, (16, 64), (64, 1)), (8, 64), 128).tritons
+    assert descriptor.layout.element_bitwidth == 16 and descriptor.base.dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2])

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[str]]:
             return launch
 
         module = SimpleNamespace(**{name: launcher(name) for name in LAUNCHERS})
-        monkeypatch.setattr(mlp, "_on_hopper", lambda *args: module)
+        monkeypatch.setattr(mlp, "_on_hopper", lambda x, *_: (module, mlp.as_rows(x)))
         return launched
 
     if not torch.cuda.is_available():
@@ -74,6 +75,42 @@ def test_against_truth(case: MLPCase, dtype: torch.dtype, device: str, on_hopper
         torch.use_deterministic_algorithms(False)
     assert all(c.ok for c in comparisons), "; ".join(map(str, comparisons))
     assert launched == list(LAUNCHERS)
+
+
+def test_strides_and_dimensions(device: str, on_hopper: Callable[[int], list[str]]) -> None:
+    """x of three dimensions with gaps in its rows, biases with gaps: as contiguous ones, but for the order of sums of
+    PyTorch's products."""
+    launched = on_hopper(2)
+    x, up, down, up_bias, down_bias = (t.detach() for t in make_inputs(MLPCase(300, 64, 264), device, torch.float16))
+    apart = [torch.stack((t, t + 1), -1)[..., 0] for t in (x.view(3, 100, 64), up_bias, down_bias)]
+    results = []
+    for x_, up_bias_, down_bias_ in (apart, (x, up_bias, down_bias)):
+        leaves = [t.detach().requires_grad_() for t in (x_, up, up_bias_, down, down_bias_)]
+        out = ops.mlp(*leaves, activation="gelu_tanh", backend="triton")
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for strided, contiguous in zip(*results, strict=True):
+        difference = (strided.reshape(contiguous.shape) - contiguous).double().norm()
+        assert difference < 2e-3 * contiguous.double().norm()
+    assert results[0][0].shape == (3, 100, 64) and launched == [*LAUNCHERS] * 2
+
+
+def test_gates_are_not_its_own(device: str, on_hopper: Callable[[int], list[str]]) -> None:
+    launched = on_hopper(2)
+    case = MLPCase(300, 64, 264, "silu", gated=True)
+    inputs = make_inputs(case, device, torch.float16)
+    torch.autograd.grad(case.ours(*inputs, backend="triton").sum(), inputs)
+    assert not launched
+
+
+def test_slope_of_numbers_that_16_bits_hold() -> None:
+    """tanh's GELU is x above, and 0 below, as far as bfloat16 goes."""
+    pytest.importorskip("triton")
+    function = interpreted(importlib.import_module("llmfast.kernels.activation").activation_and_slope)
+    x = np.float32([1e3, 1e12, 1.7e33, 3e38])
+    with np.errstate(over="ignore"):
+        y, slope = function(x, "tanh", False)
+        below, slope_below = function(-x, "tanh", False)
+    assert (y == x).all() and (slope == 1).all() and not below.any() and not slope_below.any()
 
 
 def test_what_is_not_finite_spoils_its_own_row_alone(device: str, on_hopper: Callable[[int], list[str]]) -> None:
@@ -124,11 +161,26 @@ def test_where_it_pays(n_rows: int, n_cols: int, expected: bool, monkeypatch: py
     assert pays(rows, weight, n_cols, monkeypatch) is expected
 
 
+@pytest.mark.parametrize(("capability", "expected"), [(80, False), (90, True), (100, False)])
+def test_of_that_architecture_alone(capability: int, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    mlp, hopper = (importlib.import_module(f"llmfast.kernels.{name}") for name in ("mlp", "mlp_hopper"))
+    monkeypatch.setattr(mlp, "architecture", lambda device: capability)
+    monkeypatch.setattr(hopper, "multiprocessors", lambda device: 4)
+    x, weight = torch.zeros(4, 128, 64).bfloat16(), torch.zeros(1024, 64).bfloat16()
+    found, rows = mlp._on_hopper(x, weight, 1024)
+    assert found is (hopper if expected else None) and rows.dim() == (2 if expected else 3)
+    assert mlp._on_hopper(x, weight[:768], 768)[0] is None
+
+
 def test_what_it_cannot_read(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, weight = torch.zeros(2**12 * 72, dtype=torch.bfloat16), torch.zeros(256 * 33, 64, dtype=torch.bfloat16)
 
     def readable(stride: tuple[int, int] = (64, 1), offset: int = 0) -> bool:
-        return pays(rows.as_strided((2**12, 64), stride, offset), weight, 256 * 33, monkeypatch)
+        strided = rows.as_strided((2**12, 64), stride, offset)
+        found = pays(strided, weight, 256 * 33, monkeypatch)
+        assert pays(weight[: 2**12], strided, 256 * 33, monkeypatch) is found
+        return found
 
     assert readable() and readable((72, 1)) and readable(offset=8)
     assert not (readable((68, 1)) or readable(offset=4) or readable((0, 1)) or readable((1, 2**12)))

@@ -9,7 +9,7 @@ import torch
 
 from . import machine
 from .machine import Block, Machine, MBarrier
-from .values import LANGUAGE, Int, Pointer
+from .values import LANGUAGE, Int, Pointer, Shared
 
 
 def _warp_specialize(parts: list[tuple[Callable[..., Any], tuple[Any, ...]]], *_: Any) -> None:
@@ -34,6 +34,7 @@ _STAND_INS: dict[str, Any] = {
     "tma_store": machine.tma_store,
     "tma_reduce_add": functools.partial(machine.tma_store, add=True),
     "fence_async_shared": lambda: None,
+    "reinterpreted": lambda memory, dtype, shape, layout: Shared(memory.data.reshape(shape)),
     "warpgroup_mma": machine.product,
     "warpgroup_mma_wait": machine.product_wait,
     "named_barrier_sync": machine.named_barrier,

@@ -95,9 +95,6 @@ class Shared:
     def index(self, i: int) -> "Shared":
         return Shared(self.data[i])
 
-    def _reinterpret(self, dtype: Any, shape: list[int], layout: Any) -> "Shared":
-        return Shared(self.data.reshape(shape))
-
     def slice(self, start: int, length: int, dim: int = 0) -> "Shared":
         return Shared(self.data[(slice(None),) * dim + (slice(start, start + length),)])
 
