@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from llmfast import ops
@@ -189,3 +190,22 @@ def test_eval_of_data_that_has_changed(data: Path, text: Path, tmp_path: Path, c
     assert cli("data", half, "--out", copy, "--tokenizer", run)[0] == 0
     refused(cli("eval", run, "--device", "cpu"), f"{copy}: holds another text than {run} was trained on", "--text")
     assert cli("eval", run, "--text", half, "--device", "cpu")[0] == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_the_second_gpu(data: Path, tmp_path: Path, cli: Cli) -> None:
+    """As on the first, to the last bit, its passes recorded as a graph or not; then a text, token by token."""
+    losses = []
+    for device, graph in (("cuda:0", True), ("cuda:1", True), ("cuda:1", False)):
+        out = tmp_path / f"{device}-{graph}"
+        options = ["--device", device, "--deterministic", *["--cuda-graph"] * graph]
+        code, _, err = cli("train", "--data", data, "--preset", "mini", "--steps", "6", "--out", out, *options)
+        assert code == 0, err
+        losses.append([record["loss"] for record in read_metrics(out / "metrics.jsonl") if "loss" in record])
+    assert losses[0] == losses[1] == losses[2] and len(losses[0]) == 6
+    texts = [
+        cli("generate", out, "w1 ", "--max-tokens", "30", "--temperature", "0", "--device", device)[:2]
+        for device in ("cuda:0", "cuda:1")
+    ]
+    assert texts[0] == texts[1] and texts[0][0] == 0
