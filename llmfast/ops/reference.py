@@ -252,7 +252,8 @@ def _held(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     largest = h.abs().nan_to_num(0.0, torch.inf).amax()
     mantissa, exponent = torch.frexp(largest)
     power = math.frexp(torch.finfo(dtype).max)[1] - exponent - (mantissa > 0.875).int()  # its largest: 0.875 times 2^n
-    scale = torch.ldexp(torch.ones_like(largest), power.clamp_max(126)) + (largest - largest)  # NaN of infinity
+    # Not torch.ldexp, which in PyTorch 2.11 launches on the current GPU, wherever its tensors are.
+    scale = torch.full_like(largest, 2.0).pow(power.clamp_max(126)) + (largest - largest)  # NaN of infinity
     return ((h * scale).float().to(dtype).to(h.dtype) / scale).to(x.dtype)
 
 
