@@ -217,7 +217,7 @@ _RESULTS: dict[str, Callable[..., Any]] = {
         _like(x) if options[-1][0] else None,
         _float(x, *weight.shape) if options[-1][1] else None,
     ),
-    "fp8_linear_cross_entropy_bwd": _scaled_gradient,  # by this name of linear_cross_entropy's, which it is
+    "fp8_linear_cross_entropy_bwd": _scaled_gradient,  # found by this name, though it is linear_cross_entropy's
     "embedding_bwd": lambda dy, weight, *_: _like(weight),
     "attention_fwd": lambda q, *_: (_like(q), _float(q, 2, q.shape[0], q.shape[2], q.shape[1])),
     "attention_varlen_fwd": lambda q, *_: (_like(q), _float(q, 2, q.shape[1], q.shape[0])),

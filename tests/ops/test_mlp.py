@@ -2,7 +2,7 @@
 Python."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -20,7 +20,7 @@ LAUNCHERS = ("mlp_hopper_fwd", "mlp_hopper_bwd")
 
 
 @pytest.fixture
-def on_hopper(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[str]]:
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], list[str]]]:
     """The MLP by Hopper's kernel, whether it pays or not; -> a list of what was launched. In Python, it runs on so many
     multiprocessors, and memory that nobody has written holds NaN."""
     pytest.importorskip("triton")
@@ -44,10 +44,14 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[str]]:
         monkeypatch.setattr(mlp, "_on_hopper", lambda x, *_: (module, mlp.as_rows(x)))
         return launched
 
-    if not torch.cuda.is_available():
-        monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-        monkeypatch.setattr(hopper, "multiprocessors", lambda device: 6)
-    return install
+    if torch.cuda.is_available():
+        yield install
+        return
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setattr(hopper, "multiprocessors", lambda device: 6)
+    torch.use_deterministic_algorithms(True)
+    yield install
+    torch.use_deterministic_algorithms(False)
 
 
 DTYPES = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
@@ -67,12 +71,8 @@ DTYPES = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 )
 def test_against_truth(case: MLPCase, dtype: torch.dtype, device: str, on_hopper: Callable[[int], list[str]]) -> None:
     launched = on_hopper(2)
-    torch.use_deterministic_algorithms(not torch.cuda.is_available())
-    try:
-        inputs = make_inputs(case, device, dtype)
-        comparisons = compare(case, inputs, torch.randn(case.output, device=device).to(dtype), "triton")
-    finally:
-        torch.use_deterministic_algorithms(False)
+    inputs = make_inputs(case, device, dtype)
+    comparisons = compare(case, inputs, torch.randn(case.output, device=device).to(dtype), "triton")
     assert all(c.ok for c in comparisons), "; ".join(map(str, comparisons))
     assert launched == list(LAUNCHERS)
 

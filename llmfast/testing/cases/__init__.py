@@ -38,7 +38,6 @@ Case = (
     RowCase
     | LinearCase
     | ActivationLinearCase
-    | Fp8MLPCase
     | MLPCase
     | CrossEntropyCase
     | LinearCrossEntropyCase
